@@ -1,0 +1,1 @@
+"""Fine-tune transformers where memory is scarce."""
