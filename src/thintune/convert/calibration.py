@@ -1,0 +1,160 @@
+"""One pass over unlabelled inputs: the moments and the shapes that the layers see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thintune.errors import ConversionError
+
+
+class _Enough(Exception):  # noqa: N818 - ends a forward pass early, not an error
+    """Raised inside a forward pass once the last observed layer has been reached."""
+
+
+@dataclass
+class Moments:
+    """First and second moments of one layer's input, summed over rows.
+
+    Args:
+        total: (I,) sum of x.
+        outer: (I, I) sum of x x.T.
+        count: rows seen.
+    """
+
+    total: Tensor
+    outer: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, features: int, like: Tensor) -> Moments:
+        """Moments of nothing."""
+        kind = {"device": like.device, "dtype": like.dtype}
+        return cls(torch.zeros(features, **kind), torch.zeros(features, features, **kind))
+
+    def add(self, x: Tensor) -> None:
+        """Adds the rows of (..., I)."""
+        rows = x.reshape(-1, x.shape[-1])
+        self.total += rows.sum(0)
+        self.outer.addmm_(rows.T, rows)
+        self.count += len(rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """(I,) E[x]."""
+        return self.total / self.count
+
+    @property
+    def second(self) -> Tensor:
+        """(I, I) E[x x.T]."""
+        return self.outer / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """(I, I) E[x x.T] - E[x] E[x].T."""
+        return self.second - torch.outer(self.mean, self.mean)
+
+
+def checked_batches(calibration: Iterable[Any] | None) -> list[Any]:
+    """Materialises the calibration batches.
+
+    Raises:
+        ConversionError: none given, or an empty iterable.
+    """
+    batches = [] if calibration is None else list(calibration)
+    if not batches:
+        raise ConversionError(
+            "calibration: expected at least one batch of inputs, got none; pass calibration=[images, ...] "
+            "(labels are not needed)."
+        )
+    return batches
+
+
+def run(model: nn.Module, batch: Any) -> None:
+    """One forward pass; a tuple or a dict is unpacked into arguments."""
+    if isinstance(batch, dict):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def observe(
+    model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Any], visit: Callable[[str, Tensor], None]
+) -> None:
+    """Calls `visit(name, input)` for every call of the layers; stops each pass once all of them were called.
+
+    The model runs in evaluation mode without gradients and gets its modes back.
+    """
+    missing: set[str] = set()
+
+    def hook(name: str) -> Callable[..., None]:
+        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            visit(name, inputs[0].detach())
+            missing.discard(name)
+            if not missing:
+                raise _Enough
+
+        return before
+
+    modes = {m: m.training for m in model.modules()}
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                missing = set(layers)
+                try:
+                    run(model, batch)
+                except _Enough:
+                    continue
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def moments(model: nn.Module, layers: dict[str, nn.Linear], batches: Sequence[Any]) -> dict[str, Moments]:
+    """Moments of the inputs of the given layers; a layer that is never called is missing from the result."""
+    seen: dict[str, Moments] = {}
+
+    def visit(name: str, x: Tensor) -> None:
+        seen.setdefault(name, Moments.empty(x.shape[-1], x)).add(x)
+
+    observe(model, dict(layers), batches, visit)
+    return {name: found for name, found in seen.items() if found.count}
+
+
+def groups(layers: dict[str, nn.Linear], limit_bytes: int = 64 << 20) -> Iterator[dict[str, nn.Linear]]:
+    """Cuts the layers, in order, into runs whose second moments fit in `limit_bytes` (at least one layer each)."""
+    group: dict[str, nn.Linear] = {}
+    size = 0
+    for name, layer in layers.items():
+        need = layer.in_features**2 * layer.weight.element_size()
+        if group and size + need > limit_bytes:
+            yield group
+            group, size = {}, 0
+        group[name] = layer
+        size += need
+    yield group
+
+
+def blocks(layers: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
+    """Cuts the layers, in order, into runs that share a block: the name up to its first number, `blocks.3`."""
+    group: dict[str, nn.Linear] = {}
+    current: str | None = None
+    for name, layer in layers.items():
+        parts = name.split(".")
+        digits = [i for i, part in enumerate(parts) if part.isdigit()]
+        key = ".".join(parts[: digits[0] + 1]) if digits else name
+        if group and key != current:
+            yield group
+            group = {}
+        group[name], current = layer, key
+    yield group

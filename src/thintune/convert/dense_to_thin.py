@@ -1,0 +1,220 @@
+"""Dense layers to thin ones, in place, one block at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thintune.config import METHODS, Method, ThinConfig
+from thintune.convert.activations import tucker_compressors
+from thintune.convert.calibration import Moments, blocks, checked_batches, groups, moments
+from thintune.convert.ranks import choose_ranks
+from thintune.convert.report import ConversionReport, LayerReport
+from thintune.convert.selection import select, set_submodule
+from thintune.errors import ConfigError, nearest
+from thintune.linalg import data_aware_factors, input_basis, output_spectrum, truncated_svd
+from thintune.nn import CompressedLinear, FactorLinear, SubspaceLinear, ThinLinear, TuckerCompressor
+
+_CONVERTIBLE: tuple[Method, ...] = ("thin", "wasi", "wsi", "asi")
+
+
+@torch.no_grad()
+def convert_(
+    model: nn.Module,
+    config: ThinConfig | None = None,
+    *,
+    method: Method = "thin",
+    calibration: Iterable[Any] | None = None,
+    activation_ranks: Mapping[str, tuple[int, ...]] | None = None,
+) -> ConversionReport:
+    """Makes the linear layers of a model thin, in place.
+
+    - `thin`: data-aware factors, found block by block on the already converted path; gradients in a subspace of each
+      layer's input.
+    - `wsi`, `wasi`: truncated SVD of each weight (arXiv 2510.09160), the input kept whole or as a Tucker form.
+    - `asi`: the weight stays dense, the input is kept as a Tucker form (arXiv 2505.05086).
+
+    Nothing is changed before every check has passed.
+
+    Args:
+        model: any module whose linear layers are called (not read) in its forward pass.
+        config: ranks and patterns; `ThinConfig()` by default.
+        method: `thin`, `wasi`, `wsi` or `asi`.
+        calibration: batches of inputs, unlabelled: a tensor each, or a tuple or dict of arguments. Not needed by
+            `wsi`.
+        activation_ranks: `asi` and `wasi`: Tucker ranks by layer, as a plan gives them, instead of those of
+            `config.activation_explained_variance`.
+
+    Returns:
+        What was replaced, what was skipped and why, bytes before and after.
+
+    Raises:
+        ConfigError: an unknown method.
+        ConversionError: no layer matched, a rank above a layer's limit, or no calibration where it is needed.
+
+    Example:
+        >>> import torch, thintune as tt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+        >>> report = tt.convert_(model, tt.ThinConfig(kept=0.5), calibration=[torch.randn(64, 8)])
+        >>> report.kept_weight_fraction <= 0.5
+        True
+    """
+    config = with_defaults(config or ThinConfig(), method)
+    layers, skipped = select(model, config)
+    if config.rank is not None and method != "asi":
+        choose_ranks(layers, dict, config, cap=False)  # raises before anything is changed
+    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    order = list(linears)
+    sizes = {n: m.weight.numel() * m.weight.element_size() for n, m in layers.items()}
+    shapes = {n: m.weight.shape for n, m in layers.items()}
+    linears = {n: m for n, m in linears.items() if n in skipped}
+    if method == "thin":
+        convert = _convert_thin(model, layers, config, checked_batches(calibration))
+    else:
+        compressors = None
+        if method != "wsi":
+            batches = checked_batches(calibration)
+            compressors = tucker_compressors(model, layers, batches[0], config, activation_ranks)
+        convert = _convert_published(model, layers, config, method, compressors)
+    converted = {
+        name: LayerReport(name, *shapes[name], rank, ranks, sizes[name], _weight_bytes(new))
+        for name, new, rank, ranks in convert
+    }
+    return _report(method, order, converted, skipped, linears)
+
+
+def _report(
+    method: str,
+    order: Sequence[str],
+    converted: Mapping[str, LayerReport],
+    skipped: Mapping[str, str],
+    linears: Mapping[str, nn.Linear],
+) -> ConversionReport:
+    layers = []
+    for name in order:
+        if name in converted:
+            layers.append(converted[name])
+            continue
+        layer = linears[name]
+        size = layer.weight.numel() * layer.weight.element_size()
+        reason = skipped.get(name, "never called on the calibration inputs")
+        layers.append(LayerReport(name, layer.out_features, layer.in_features, None, None, size, size, reason))
+    return ConversionReport(method, layers)
+
+
+def with_defaults(config: ThinConfig, method: Method) -> ThinConfig:
+    """Fills in what the method takes when no rank is asked for.
+
+    Raises:
+        ConfigError: a method that converts nothing.
+    """
+    if method not in _CONVERTIBLE:
+        raise ConfigError(
+            f"method: expected one of {', '.join(_CONVERTIBLE)}, got {method!r}.{nearest(method, METHODS)}"
+        )
+    if config.rank is None and config.kept is None and config.explained_variance is None:
+        if method == "thin":
+            return dataclasses.replace(config, kept=0.6)
+        return dataclasses.replace(config, explained_variance=0.9)
+    return config
+
+
+_Converted = Iterable[tuple[str, nn.Module, int | None, tuple[int, ...] | None]]
+
+
+def _convert_thin(model: nn.Module, layers: dict[str, nn.Linear], config: ThinConfig, batches: Sequence[Any]) -> _Converted:
+    """Pass 1 finds the spectra on the dense path and from them the ranks; pass 2 converts block by block."""
+
+    def spectra() -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for group in groups(layers):
+            for name, seen in moments(model, group, batches).items():
+                found[name] = output_spectrum(layers[name].weight, _spread(layers[name], seen))
+        return found
+
+    ranks = choose_ranks(layers, spectra, config, cap=config.rank is None)
+    for block in blocks({n: layers[n] for n in layers if n in ranks}):
+        for name, seen in moments(model, block, batches).items():
+            layer = block[name]
+            left, right, shift = data_aware_factors(layer.weight, _spread(layer, seen), seen.mean, ranks[name])
+            basis = input_basis(seen.second, min(config.activation_rank, layer.in_features))
+            thin = SubspaceLinear(
+                layer.in_features,
+                layer.out_features,
+                ranks[name],
+                layer.bias is not None,
+                activation_rank=config.activation_rank,
+                device="meta",
+                dtype=layer.weight.dtype,
+            ).to_empty(device=layer.weight.device)
+            thin.set_(left, right, None if layer.bias is None else layer.bias + shift)
+            thin.update.zero_()
+            thin.basis.copy_(basis)
+            _replace(model, name, layer, thin)
+            yield name, thin, ranks[name], (thin.basis.shape[1],)
+
+
+def _spread(layer: nn.Linear, seen: Moments) -> Tensor:
+    """What the factors must explain: the covariance, or the second moment where no bias can take up the mean."""
+    return seen.second if layer.bias is None else seen.covariance
+
+
+def _convert_published(
+    model: nn.Module,
+    layers: dict[str, nn.Linear],
+    config: ThinConfig,
+    method: Method,
+    compressors: Mapping[str, TuckerCompressor] | None,
+) -> _Converted:
+    """The paper's choices: SVD of each weight, Tucker form of each input."""
+
+    def spectra() -> dict[str, Tensor]:
+        return {n: torch.linalg.svdvals(m.weight).square() for n, m in layers.items()}
+
+    if compressors is not None:
+        layers = {n: m for n, m in layers.items() if n in compressors}
+    ranks = {} if method == "asi" else choose_ranks(layers, spectra, config, cap=False)
+    for name, layer in layers.items():
+        compressor = compressors[name] if compressors else None
+        if method == "asi":
+            assert compressor is not None
+            new: nn.Module = CompressedLinear(
+                layer.in_features, layer.out_features, layer.bias is not None, compressor=compressor, device="meta"
+            )
+            new.weight, new.bias = layer.weight, layer.bias
+        else:
+            new = FactorLinear(
+                layer.in_features,
+                layer.out_features,
+                ranks[name],
+                layer.bias is not None,
+                compressor=compressor,
+                device="meta",
+                dtype=layer.weight.dtype,
+            )
+            new.set_(
+                *truncated_svd(layer.weight, rank=ranks[name]), None if layer.bias is None else layer.bias.detach()
+            )
+        _replace(model, name, layer, new)
+        yield name, new, ranks.get(name), compressor.ranks if compressor else None
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Linear, new: nn.Module) -> None:
+    """Puts the new layer in place, with the old one's mode and, for what it trains, its freezing."""
+    new.train(layer.training)
+    if not layer.weight.requires_grad:
+        for parameter in new.parameters():
+            parameter.requires_grad_(False)
+    set_submodule(model, name, new)
+
+
+def _weight_bytes(layer: nn.Module) -> int:
+    """Bytes of what stands for the weight."""
+    if isinstance(layer, ThinLinear):
+        return layer.kept_elements * layer.left.element_size()
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.numel() * layer.weight.element_size()

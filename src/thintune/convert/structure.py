@@ -1,0 +1,48 @@
+"""The structure of a converted model as JSON, so that a run can be taken up without converting anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from thintune.convert.selection import set_submodule
+from thintune.nn import CompressedLinear, FactorLinear, SubspaceLinear, TuckerCompressor
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Kind and sizes of every layer that trains in a thin way, by name."""
+    layers: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SubspaceLinear | FactorLinear | CompressedLinear):
+            layers[name] = {
+                "kind": type(module).__name__,
+                "in_features": module.in_features,
+                "out_features": module.out_features,
+                "bias": module.bias is not None,
+            }
+        if isinstance(module, SubspaceLinear):
+            layers[name] |= {"rank": module.rank, "activation_rank": module.basis.shape[1]}
+        elif isinstance(module, FactorLinear):
+            layers[name] |= {"rank": module.rank, "compressor": _describe(module.compressor)}
+        elif isinstance(module, CompressedLinear):
+            layers[name] |= {"compressor": _describe(module.compressor)}
+    return layers
+
+
+def _describe(compressor: TuckerCompressor | None) -> dict[str, Any] | None:
+    if compressor is None:
+        return None
+    return {"shape": list(compressor.shape), "ranks": list(compressor.ranks)}
+
+
+def rebuild_(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
+    """Puts empty layers (meta device) of the described kinds in place; `load_state_dict(assign=True)` fills them."""
+    kinds = {kind.__name__: kind for kind in (SubspaceLinear, FactorLinear, CompressedLinear)}
+    for name, spec in layers.items():
+        arguments = dict(spec)
+        kind = kinds[arguments.pop("kind")]
+        described = arguments.pop("compressor", None)
+        if described is not None:
+            arguments["compressor"] = TuckerCompressor(described["shape"], described["ranks"])
+        set_submodule(model, name, kind(**arguments, device="meta"))

@@ -1,0 +1,152 @@
+"""Checkpoints of models: a folder with `checkpoint.json` and one safetensors file.
+
+What only training needs (bases, zero updates) is left out: a thin checkpoint is as small as the thin model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thintune.errors import CheckpointError, nearest
+from thintune.io.tensors import StoredTensors, read_tensors, write_tensors
+from thintune.nn import CompressedLinear, ThinLinear
+
+FORMAT = "thintune-checkpoint"
+VERSION = 1
+_STEM = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files have been checked."""
+
+    stored: StoredTensors
+
+    @property
+    def thin_layers(self) -> dict[str, dict[str, Any]]:
+        """in_features, out_features, rank and bias of each thin layer by name."""
+        return self.stored.document["thin_layers"]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the writer said about the run."""
+        return self.stored.document["info"]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor file."""
+        return int(self.stored.document["tensors"]["bytes"])
+
+
+def inference_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model without what only training needs."""
+    dropped: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, ThinLinear | CompressedLinear):
+            dropped |= {f"{name}.{n}" if name else n for n in module.training_only()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in dropped}
+
+
+def save_checkpoint(model: nn.Module, folder: str | Path, info: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Writes what inference needs of a model; an older checkpoint in the folder is replaced at the very end.
+
+    Args:
+        model: thin or dense.
+        folder: made if need be.
+        info: JSON values to keep with it.
+
+    Raises:
+        OutputError: the folder cannot be written to, or the disk is full; an older checkpoint is as it was.
+    """
+    layers = {
+        name: {
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "rank": module.rank,
+            "bias": module.bias is not None,
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, ThinLinear)
+    }
+    document = {"format": FORMAT, "version": VERSION, "thin_layers": layers, "info": dict(info or {})}
+    write_tensors(Path(folder), _STEM, inference_tensors(model), document)
+    return read_checkpoint(folder)
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Reads and checks a checkpoint's files, without its tensors.
+
+    Raises:
+        CheckpointError: missing, truncated, damaged, or of another format.
+    """
+    stored = read_tensors(Path(folder), _STEM)
+    found = stored.document.get("format"), stored.document.get("version")
+    if found != (FORMAT, VERSION) or not isinstance(stored.document.get("thin_layers"), dict):
+        raise CheckpointError(f"{folder}: expected format {FORMAT!r} version {VERSION}, got {found[0]!r} {found[1]!r}.")
+    return Checkpoint(stored)
+
+
+def load_checkpoint_(model: nn.Module, folder: str | Path | Checkpoint) -> nn.Module:
+    """Loads a checkpoint into a model of the same architecture, dense layers becoming thin where it says so.
+
+    The model may live on the meta device: its tensors are replaced, not copied into, so no dense weight is ever made.
+
+    Args:
+        model: built as the one that was saved, before its conversion.
+        folder: of the checkpoint, or one already read.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: damaged, or of another architecture; the model is as it was.
+    """
+    checkpoint = folder if isinstance(folder, Checkpoint) else read_checkpoint(folder)
+    tensors = checkpoint.stored.load()
+    _check(model, checkpoint, tensors)
+    for name, spec in checkpoint.thin_layers.items():
+        parent, _, child = name.rpartition(".")
+        thin = ThinLinear(**spec, device="meta", dtype=tensors[f"{name}.left"].dtype)
+        thin.train(model.get_submodule(name).training)
+        setattr(model.get_submodule(parent), child, thin)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _check(model: nn.Module, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Raises with every mismatch, before anything is changed."""
+    modules = dict(model.named_modules())
+    expected = {n: tuple(t.shape) for n, t in inference_tensors(model).items()}
+    problems = []
+    for name, spec in checkpoint.thin_layers.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear | ThinLinear):
+            problems.append(f"{name}: no linear layer of that name{nearest(name, modules)}")
+            continue
+        o, i, k = (spec[key] for key in ("out_features", "in_features", "rank"))
+        if (module.out_features, module.in_features) != (o, i):
+            problems.append(f"{name}: {o} x {i} in the file, {module.out_features} x {module.in_features} in the model")
+        for part in ("weight", "left", "right"):
+            expected.pop(f"{name}.{part}", None)
+        expected |= {f"{name}.left": (o, k), f"{name}.right": (k, i)}
+    for name in sorted(expected.keys() | tensors.keys()):
+        ours, theirs = expected.get(name), tuple(tensors[name].shape) if name in tensors else None
+        if ours != theirs:
+            problems.append(f"{name}: {theirs or 'missing'} in the file, {ours or 'missing'} in the model")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{checkpoint.stored.path.parent}: made for another architecture: {'; '.join(problems[:3])}{more}."
+        )
+
+
+def meta_tensors(model: nn.Module) -> list[str]:
+    """Names of parameters and buffers that have no storage yet."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [name for name, tensor in named if tensor.device == torch.device("meta")]

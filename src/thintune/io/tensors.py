@@ -1,0 +1,133 @@
+"""Tensors and a document, saved as one: safetensors beside JSON.
+
+The tensor file carries the start of its checksum in its name and the JSON file names it, so that renaming the JSON is
+the moment the new pair replaces the old one. A process killed at any instant leaves one pair or the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thintune.errors import CheckpointError, OutputError
+from thintune.io.files import prepare_directory, read_document, sync_directory, write_text
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class StoredTensors:
+    """A pair read back: the document, and the checked file of tensors."""
+
+    document: dict[str, Any]
+    path: Path
+
+    def load(self, device: str = "cpu") -> dict[str, Tensor]:
+        """Reads every tensor into memory of its own, aligned as torch aligns, so that results do not depend on it."""
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt", device=device) as stream:
+            return {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118 - not a mapping
+
+
+def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Writes `FOLDER/STEM-CHECKSUM.safetensors` and `FOLDER/STEM.json`, then removes the pair before.
+
+    Tensors are streamed to the file one at a time; no second copy of the whole is held.
+
+    Raises:
+        OutputError: the file system refused; the pair before is as it was.
+    """
+    prepare_directory(folder)
+    temporary = folder / f".{stem}.{os.getpid()}.tmp"
+    try:
+        digest = _stream(temporary, tensors)
+        path = folder / f"{stem}-{digest[:16]}.safetensors"
+        size = temporary.stat().st_size
+        os.replace(temporary, path)
+        sync_directory(folder)
+    except OSError as error:
+        raise OutputError(f"{folder / stem}: could not be written: {error.strerror or error}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    described = {**document, "tensors": {"file": path.name, "sha256": digest, "bytes": size}}
+    write_text(folder / f"{stem}.json", json.dumps(described, indent=2) + "\n")
+    for other in folder.glob(f"{stem}-*.safetensors"):
+        if other.name != path.name:
+            other.unlink(missing_ok=True)
+
+
+def _stream(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes a safetensors file tensor by tensor; returns its SHA-256."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    checksum = hashlib.sha256()
+    with open(path, "wb") as stream:
+        for chunk in _chunks(text, tensors.values()):
+            checksum.update(chunk)
+            stream.write(chunk)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return checksum.hexdigest()
+
+
+def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    yield struct.pack("<Q", len(header))
+    yield header
+    for tensor in tensors:
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_tensors(folder: Path, stem: str) -> StoredTensors:
+    """Reads and checks a pair.
+
+    Raises:
+        CheckpointError: missing, truncated, or with another checksum than the JSON file says.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected the folder of a checkpoint, found {_kind(folder)}.")
+    document = read_document(folder / f"{stem}.json")
+    described = document.get("tensors")
+    if not isinstance(described, dict) or not {"file", "sha256", "bytes"} <= described.keys():
+        raise CheckpointError(f"{folder / stem}.json: expected the entry 'tensors' with file, sha256 and bytes.")
+    path = folder / Path(str(described["file"])).name
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; {stem}.json names it.")
+    size = path.stat().st_size
+    if size != described["bytes"]:
+        raise CheckpointError(f"{path}: expected {described['bytes']} bytes, found {size}; the file is truncated or damaged.")
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != described["sha256"]:
+        raise CheckpointError(f"{path}: wrong checksum: expected {described['sha256']}, found {digest}.")
+    return StoredTensors(document, path)
+
+
+def _kind(path: Path) -> str:
+    return "a file" if path.is_file() else "nothing there"

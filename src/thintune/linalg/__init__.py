@@ -1,0 +1,38 @@
+"""Pure functions on matrices and tensors: truncation, orthonormalisation, subspace iteration, Tucker forms.
+
+Legend: O output features, I input features, K rank of a weight, r rank of an activation's feature mode,
+M rows (all leading axes of an activation, flattened).
+"""
+
+from thintune.linalg.factors import data_aware_factors, input_basis, output_spectrum
+from thintune.linalg.orthonormal import orthonormalize
+from thintune.linalg.subspace import subspace_iteration, warm_subspace_step, warm_subspace_step_reference
+from thintune.linalg.svd import rank_for_explained_variance, truncated_svd
+from thintune.linalg.tucker import (
+    compress_warm,
+    mode_dot,
+    mode_ranks,
+    reconstruct,
+    sketch,
+    st_hosvd,
+    unfold,
+)
+
+__all__ = [
+    "compress_warm",
+    "data_aware_factors",
+    "input_basis",
+    "mode_dot",
+    "mode_ranks",
+    "orthonormalize",
+    "output_spectrum",
+    "rank_for_explained_variance",
+    "reconstruct",
+    "sketch",
+    "st_hosvd",
+    "subspace_iteration",
+    "truncated_svd",
+    "unfold",
+    "warm_subspace_step",
+    "warm_subspace_step_reference",
+]

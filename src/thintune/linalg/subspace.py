@@ -1,0 +1,92 @@
+"""Warm-started subspace iteration and the exact step of a low-rank weight.
+
+A weight W = left @ right meets an update of known right factor, W' = W + step @ basis.T, and is brought back to rank K
+by one subspace iteration from the previous basis. Nothing of size O x I is formed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thintune.linalg.orthonormal import orthonormalize
+
+
+def subspace_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of subspace iteration from a warm basis (WSI, arXiv 2510.09160).
+
+    The right factor is expressed in the *new* basis. Pairing the new basis with coordinates in the old one is the
+    fault of the published code: an orthonormalisation is free to flip or turn the columns.
+
+    Args:
+        matrix: (O, I).
+        basis: (O, K), orthonormal columns, from the previous step.
+
+    Returns:
+        left (O, K) with orthonormal columns and right (K, I) = left.T @ matrix.
+    """
+    left = orthonormalize(matrix @ (matrix.T @ basis))
+    return left, left.T @ matrix
+
+
+def warm_subspace_step_reference(left: Tensor, right: Tensor, step: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Slow readable twin of `warm_subspace_step`: forms W', iterates once. For tests."""
+    return subspace_iteration(left @ right + step @ basis.T, left)
+
+
+def warm_subspace_step(left: Tensor, right: Tensor, step: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """One subspace iteration on W + step @ basis.T, without forming it.
+
+    With moved = right + (left.T step) basis.T, the coordinates of W' in the old basis, the iteration's column space is
+    that of W' moved.T = left (right moved.T) + step (basis.T moved.T). Multiplying by the inverse of the K x K matrix
+    right @ moved.T leaves the space as it is and makes the columns nearly orthonormal:
+
+        left' = orth(left + step (basis.T moved.T) (right moved.T)^-1)
+        right' = (left'.T left) right + (left'.T step) basis.T
+
+    so that left' turns as little as it must and quantities stored in the old basis stay meaningful. Costs about
+    2 K^2 (2 O + I) + 4 K r (O + I) FLOPs and scratch of K (O + I).
+
+    Args:
+        left: (O, K), orthonormal columns.
+        right: (K, I).
+        step: (O, r), the update in coordinates of `basis`.
+        basis: (I, r), orthonormal columns.
+
+    Returns:
+        The new left (O, K) with orthonormal columns and right (K, I).
+    """
+    moved = torch.addmm(right, left.T @ step, basis.T)
+    if left.shape[0] == left.shape[1]:
+        return left, moved  # a square basis spans everything: only the coordinates move
+    towards = basis.T @ moved.T
+    gram = (right @ moved.T).double()
+    coefficients = _solve_right(towards.double(), gram).to(step.dtype)
+    turned = orthonormalize_near(torch.addmm(left, step, coefficients))
+    overlap = turned.T @ left
+    return turned, torch.addmm(overlap @ right, turned.T @ step, basis.T)
+
+
+def orthonormalize_near(matrix: Tensor) -> Tensor:
+    """Orthonormalises columns that are nearly orthonormal already, by Cholesky, else by Householder QR.
+
+    Args:
+        matrix: (n, k).
+
+    Returns:
+        (n, k) with orthonormal columns and unchanged signs.
+    """
+    for _ in range(2):  # the second pass removes what rounding left of the first
+        gram = (matrix.T @ matrix).double()
+        factor, info = torch.linalg.cholesky_ex(gram)
+        if int(info) or not bool(torch.isfinite(factor).all()) or float(factor.diagonal().min()) < 1e-2:
+            return orthonormalize(matrix)
+        matrix = torch.linalg.solve_triangular(factor.T.to(matrix.dtype), matrix, upper=True, left=False)
+    return matrix
+
+
+def _solve_right(numerator: Tensor, gram: Tensor) -> Tensor:
+    """Returns numerator @ inverse(gram), regularised where the gram matrix is singular to working precision."""
+    scale = gram.diagonal().abs().max().clamp_min(torch.finfo(gram.dtype).tiny)
+    ridge = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (scale * 1e-13)
+    return torch.linalg.solve(gram + ridge, numerator, left=False)

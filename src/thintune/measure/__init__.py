@@ -1,0 +1,22 @@
+"""Measurements of what a callable or a block really costs: resident memory, saved activations, FLOPs and time.
+
+What could not be measured is `None`, never 0.
+"""
+
+from thintune.measure.activations import SavedActivations
+from thintune.measure.flops import count_flops
+from thintune.measure.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
+from thintune.measure.timing import interleave, median_and_iqr
+from thintune.measure.tracker import Measurement, track
+
+__all__ = [
+    "Measurement",
+    "SavedActivations",
+    "count_flops",
+    "interleave",
+    "median_and_iqr",
+    "peak_rss_bytes",
+    "reset_peak_rss",
+    "rss_bytes",
+    "track",
+]

@@ -1,0 +1,134 @@
+"""What happens to thin layers around an optimizer's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thintune.linalg import orthonormalize, warm_subspace_step
+from thintune.nn import FactorLinear, SubspaceLinear, TuckerCompressor
+
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+
+
+class ThinStep:
+    """Makes any torch optimizer train the thin layers of a model.
+
+    Hooks itself onto `optimizer.step()`; use the optimizer as ever, clipping and schedulers included.
+
+    - `SubspaceLinear`: the optimizer stepped `update`, the weight's own step in the coordinates of `basis`. It is
+      folded into the factors by one exact subspace iteration, then set back to zero. Weight decay is decoupled for
+      every optimizer: right is scaled by 1 - lr * weight_decay. Every `refresh_every` steps the basis moves and the
+      optimizer's moments are turned into the new one (the second moments by the squared turn).
+    - `FactorLinear`: before the step the gradient of left is brought to its tangent-space form
+      (I - L L.T) dL (R R.T)^-1; after it left is orthonormalised and right re-expressed, which leaves their product
+      as it is. This is one subspace iteration on the stepped weight (WSI, arXiv 2510.09160).
+    - `TuckerCompressor`: the warm start advances, once a step.
+
+    Args:
+        model: holds the thin layers; all their parameters must belong to `optimizer`.
+        optimizer: any torch optimizer.
+        refresh_every: steps between two moves of the activation bases.
+        update_scale: factor on every update of a `SubspaceLinear`.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, refresh_every: int = 25, update_scale: float = 1.0
+    ) -> None:
+        self.steps = 0
+        self.refresh_every = refresh_every
+        self.update_scale = update_scale
+        self._optimizer = optimizer
+        modules = list(model.modules())
+        self._subspace = [m for m in modules if isinstance(m, SubspaceLinear)]
+        self._factor = [m for m in modules if isinstance(m, FactorLinear)]
+        self._compressors = [m for m in modules if isinstance(m, TuckerCompressor)]
+        self._group = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._before()),
+            optimizer.register_step_post_hook(lambda *_: self._after()),
+        ]
+        self._announce()
+
+    def remove(self) -> None:
+        """Unhooks itself."""
+        for handle in self._handles:
+            handle.remove()
+
+    def restore_(self, steps: int) -> None:
+        """Continues the refresh rhythm after `steps` optimizer steps."""
+        self.steps = steps
+        self._announce()
+
+    def _announce(self) -> None:
+        """Tells layers whether the coming step's inputs are needed for a new basis."""
+        due = (self.steps + 1) % self.refresh_every == 0
+        for layer in self._subspace:
+            layer.capturing = due
+
+    @torch.no_grad()
+    def _before(self) -> None:
+        for layer in self._factor:
+            if layer.left.grad is not None:
+                layer.left.grad = tangent_gradient(layer.left, layer.right, layer.left.grad)
+
+    @torch.no_grad()
+    def _after(self) -> None:
+        for layer in self._subspace:
+            if layer.update.grad is not None:
+                self._fold(layer)
+            if layer.capturing:
+                turn = layer.refresh_basis_()
+                if turn is not None:
+                    _turn_moments(self._optimizer.state.get(layer.update, {}), layer.update, turn)
+        for layer in self._factor:
+            if layer.left.grad is not None:
+                _reorthonormalize(layer)
+        for compressor in self._compressors:
+            compressor.advance_()
+        self.steps += 1
+        self._announce()
+
+    def _fold(self, layer: SubspaceLinear) -> None:
+        group = self._group.get(id(layer.update), {})
+        decay = float(group.get("lr", 0.0)) * float(group.get("weight_decay", 0.0))
+        if decay:
+            layer.right.mul_(1 - decay)
+        if self.update_scale != 1.0:
+            layer.update.mul_(self.update_scale)
+        left, right = warm_subspace_step(layer.left, layer.right, layer.update, layer.basis)
+        layer.left.copy_(left)
+        layer.right.copy_(right)
+        layer.update.zero_()
+
+
+def tangent_gradient(left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
+    """(I - L L.T) dL (R R.T)^-1: the part of a step on W that turns its column space, in coordinates of left.
+
+    Args:
+        left: (O, K), orthonormal columns.
+        right: (K, I).
+        grad: (O, K), chain-rule gradient D R.T.
+
+    Returns:
+        (O, K).
+    """
+    gram = (right @ right.T).double()
+    ridge = 1e-7 * float(gram.diagonal().mean())
+    gram.diagonal().add_(ridge)
+    outside = torch.addmm(grad, left, left.T @ grad, alpha=-1)
+    return torch.linalg.solve(gram, outside.double(), left=False).to(grad.dtype)
+
+
+def _reorthonormalize(layer: FactorLinear) -> None:
+    left = orthonormalize(layer.left)
+    layer.right.copy_((left.T @ layer.left) @ layer.right)
+    layer.left.copy_(left)
+
+
+def _turn_moments(state: dict[str, Any], parameter: Tensor, turn: Tensor) -> None:
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value.copy_(value @ (turn.square() if name in _SECOND_MOMENTS else turn))

@@ -1,0 +1,168 @@
+"""The optimizer steps of a run: micro-batches, schedule, checkpoints, and what stops them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thintune.config import TrainConfig
+from thintune.data import Split, epoch_batches, micro_batches
+from thintune.errors import DivergenceError
+from thintune.measure import SavedActivations, count_flops
+from thintune.optim import ThinStep, learning_rate_factor
+
+
+@dataclass
+class Progress:
+    """How far a run is, and what it measured on the way."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    loss: float | None = None
+    """Mean loss of the last step's images."""
+    epoch_losses: list[float] = field(default_factory=list)
+    step_times_s: list[float] = field(default_factory=list)
+    """Of full batches in this process, without its first step."""
+    saved_activation_bytes: int | None = None
+    flops_per_step: int | None = None
+
+
+class Loop:
+    """Runs the optimizer steps of one training run.
+
+    Args:
+        model: to train.
+        optimizer: over its parameters.
+        thin_step: hooked onto the optimizer.
+        split: training images.
+        config: schedule and sizes.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        thin_step: ThinStep,
+        split: Split,
+        config: TrainConfig,
+        device: str,
+    ) -> None:
+        self.model, self.optimizer, self.thin_step = model, optimizer, thin_step
+        self.split, self.config, self.device = split, config, device
+        self.steps_per_epoch = math.ceil(len(split) / config.batch_size)
+        self.steps = self.steps_per_epoch * config.epochs
+        if config.max_steps is not None:
+            self.steps = min(self.steps, config.max_steps)
+        self.progress = Progress()
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._measured = False
+
+    def run(self, after_step: Callable[[Progress], bool]) -> bool:
+        """Steps until the end.
+
+        Args:
+            after_step: called after every step; returning False stops the run there.
+
+        Returns:
+            Whether the run reached its end.
+
+        Raises:
+            DivergenceError: a loss or a gradient that is not finite; the weights are those before the step.
+        """
+        epoch, batches = -1, []
+        while self.progress.step < self.steps:
+            now, index = divmod(self.progress.step, self.steps_per_epoch)
+            if now != epoch:
+                epoch, batches = now, epoch_batches(len(self.split), self.config.batch_size, self.config.seed, now)
+                self.progress.epoch_losses = []
+            self._timed_step(batches[index])
+            if not after_step(self.progress):
+                return self.progress.step >= self.steps
+        return True
+
+    def _timed_step(self, indices: Tensor) -> None:
+        self.model.train()
+        if not self._measured:
+            self.progress.flops_per_step = count_flops(lambda: self._step(indices, measure=True))
+            self._measured = True
+        else:
+            begun = time.perf_counter()
+            self._step(indices)
+            if len(indices) == self.config.batch_size:
+                self.progress.step_times_s.append(time.perf_counter() - begun)
+        self.progress.step += 1
+
+    def _step(self, indices: Tensor, measure: bool = False) -> None:
+        factor = learning_rate_factor(self.progress.step, self.steps, self.config.warmup_fraction)
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * self.config.learning_rate
+        total = 0.0
+        for rows in micro_batches(indices, self.config.micro_batch):
+            images, labels = self.split.images(rows).to(self.device), self.split.labels[rows].to(self.device)
+            if measure and self.progress.saved_activation_bytes is None:
+                with SavedActivations(exclude=self.model) as saved:
+                    loss = self._loss(images, labels, len(indices))
+                    self.progress.saved_activation_bytes = saved.bytes
+            else:
+                loss = self._loss(images, labels, len(indices))
+            value = float(loss)
+            if not math.isfinite(value):
+                self._diverged("loss", value, images)
+            loss.backward()
+            total += value
+        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+        if not math.isfinite(norm):
+            self._diverged("gradient norm", norm, None)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.loss = total
+        self.progress.epoch_losses.append(total)
+
+    def _loss(self, images: Tensor, labels: Tensor, batch: int) -> Tensor:
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(self.model(images), labels, label_smoothing=smoothing, reduction="sum") / batch
+
+    def _diverged(self, what: str, value: float, images: Tensor | None) -> None:
+        where = first_non_finite_layer(self.model, images) if images is not None else self._bad_gradient()
+        raise DivergenceError(
+            f"step {self.progress.step + 1}: {what} is {value}, first seen at {where}; the last good checkpoint is kept. "
+            "Lower train.learning_rate, or set train.clip_norm."
+        )
+
+    def _bad_gradient(self) -> str:
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                return name
+        return "the sum over all layers (each is finite)"
+
+
+@torch.no_grad()
+def first_non_finite_layer(model: nn.Module, images: Tensor) -> str:
+    """Name of the first layer, in order of execution, whose parameters or output are not finite."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def after(module: nn.Module, _inputs: Any, output: Any) -> None:
+            tensors = [*module.parameters(recurse=False), *([output] if isinstance(output, Tensor) else [])]
+            if not found and not all(bool(torch.isfinite(t).all()) for t in tensors):
+                found.append(name)
+
+        return after
+
+    leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
+    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss"

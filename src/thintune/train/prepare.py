@@ -1,0 +1,95 @@
+"""From a configuration to a model that is ready to train."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thintune.config import DataConfig, ModelConfig, RunConfig
+from thintune.convert import ConversionReport, convert_
+from thintune.convert.selection import matches, select
+from thintune.convert.structure import rebuild_
+from thintune.data import Normalization, Split, Splits, load_splits
+from thintune.errors import ConfigError
+from thintune.planning.perplexity import perplexity_table, plan_activations
+from thintune.train.lora import import_peft, inject_lora_
+from thintune.train.models import build_model, classifier_name, import_timm
+
+
+def import_libraries(config: RunConfig) -> None:
+    """Imports what the run will need, so that the memory baseline counts it."""
+    import importlib
+
+    import_timm()
+    importlib.import_module("torch.utils.flop_counter")
+    if config.method == "lora":
+        import_peft()
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError where the device is not there."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {device!r} asked for, but torch finds no CUDA device; use --device cpu.")
+
+
+def normalization(config: ModelConfig) -> Normalization:
+    """Mean and standard deviation that the model was pre-trained with; 0.5 where timm knows none."""
+    known = import_timm().get_pretrained_cfg(config.name.removeprefix("timm:"), allow_unregistered=True)
+    if known is None or not known.mean:
+        return Normalization((0.5,) * 3, (0.5,) * 3)
+    return Normalization(tuple(known.mean), tuple(known.std))
+
+
+def load_data(model: ModelConfig, data: DataConfig) -> Splits:
+    """Reads the data as the model wants it."""
+    return load_splits(data, normalization(model))
+
+
+def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionReport | None]:
+    """Builds the model and applies the method.
+
+    Returns:
+        The model, and what the conversion did, or None for `dense` and `lora`.
+    """
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model, splits.classes, config.data.image_size).to(config.device)
+    head = classifier_name(model)
+    if config.method == "dense":
+        return model, None
+    if config.method == "lora":
+        inject_lora_(model, config.lora, head)
+        return model, None
+    thin = config.thin
+    if not any(matches(head, p) for p in thin.exclude_modules):
+        thin = dataclasses.replace(thin, exclude_modules=(*thin.exclude_modules, head))
+    batches = calibration_batches(config, splits.train)
+    ranks = None
+    if thin.activation_budget_bytes is not None and config.method in ("asi", "wasi"):
+        layers, _ = select(model, thin)
+        ranks = plan_activations(perplexity_table(model, layers, batches[0]), thin.activation_budget_bytes)
+    report = convert_(model, thin, method=config.method, calibration=batches, activation_ranks=ranks)
+    return model, report
+
+
+def calibration_batches(config: RunConfig, split: Split) -> list[Tensor]:
+    """Unlabelled training images: one micro-batch for Tucker ranks, `calibration_images` in small batches for `thin`."""
+    size = config.train.micro_batch or config.train.batch_size
+    count = min(config.thin.calibration_images, len(split))
+    if config.method in ("asi", "wasi"):
+        count = size = min(size, len(split))
+    size = min(size, 32) if config.method == "thin" else size
+    rows = torch.arange(count)
+    return [split.images(rows[i : i + size]).to(config.device) for i in range(0, count, size)]
+
+
+def rebuild(config: RunConfig, classes: int, layers: dict[str, dict[str, Any]]) -> nn.Module:
+    """The model of an interrupted run, without its values, which the saved state holds."""
+    source = dataclasses.replace(config.model, checkpoint=None, pretrained=False)
+    model = build_model(source, classes, config.data.image_size, empty=True)
+    if config.method == "lora":
+        inject_lora_(model, config.lora, classifier_name(model))
+    rebuild_(model, layers)
+    return model

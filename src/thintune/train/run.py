@@ -1,0 +1,320 @@
+"""One training run, from configuration to record."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from thintune.config import RunConfig, to_dict
+from thintune.convert import ConversionReport
+from thintune.data import Splits
+from thintune.errors import ConfigError, DataError, ThintuneError
+from thintune.io import prepare_directory, save_checkpoint, write_text
+from thintune.measure import median_and_iqr, peak_rss_bytes, rss_bytes
+from thintune.optim import ThinStep, build_optimizer
+from thintune.records import RunRecord
+from thintune.train.evaluate import evaluate
+from thintune.train.head import fit_head_
+from thintune.train.loop import Loop, Progress
+from thintune.train.lora import merge_lora_
+from thintune.train.models import classifier_name
+from thintune.train.prepare import build, check_device, import_libraries, load_data, rebuild
+from thintune.train.state import SavedState, save_state
+
+STATE, CHECKPOINT, RECORD = "state", "checkpoint", "record.json"
+
+
+class Display(Protocol):
+    """What a run tells while it runs."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+
+    def start(self, steps: int, done: int) -> None:
+        """The steps begin."""
+
+    def step(self, progress: Progress) -> None:
+        """A step is done."""
+
+    def stop(self) -> None:
+        """The steps are over."""
+
+
+class Silent:
+    """Tells nothing."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+
+    def start(self, steps: int, done: int) -> None:
+        """The steps begin."""
+
+    def step(self, progress: Progress) -> None:
+        """A step is done."""
+
+    def stop(self) -> None:
+        """The steps are over."""
+
+
+def train(
+    config: RunConfig, out: Path, *, resume: bool = False, overwrite: bool = False, display: Display | None = None
+) -> RunRecord:
+    """Trains a model and leaves `record.json`, a checkpoint and, on the way, a resumable state in `out`.
+
+    Args:
+        config: of the run; with `resume`, the one the state was saved with.
+        out: folder of the run.
+        resume: take up the state in `out`.
+        overwrite: replace an earlier run in `out`.
+        display: told about progress.
+
+    Returns:
+        The record, its status `completed` or `interrupted`.
+
+    Raises:
+        ThintuneError: whatever went wrong; a record of status `failed` is left if the run had begun.
+    """
+    check_device(config.device)
+    if not (resume or overwrite) and (out / RECORD).exists():
+        raise ConfigError(f"{out}: holds a run already; use --resume, --overwrite or another --out.")
+    return _Run(config, out, resume, display or Silent()).execute()
+
+
+class _Run:
+    def __init__(self, config: RunConfig, out: Path, resume: bool, display: Display) -> None:
+        self.config, self.out, self.display = config, out, display
+        self.state = SavedState(out / STATE) if resume else None
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.began = time.perf_counter()
+        self.stopped = False
+        self.record = _new_record(config, resumed=resume)
+
+    def execute(self) -> RunRecord:
+        import_libraries(self.config)
+        self.record.baseline_rss_bytes = rss_bytes()
+        splits = load_data(self.config.model, self.config.data)
+        if not len(splits.train):
+            raise DataError(f"{self.config.data.name}: no training images are left; lower data.val_fraction.")
+        prepare_directory(self.out)
+        self.record.train_images = len(splits.train)
+        try:
+            with _on_signal(self._stop):
+                self._execute(splits)
+        except KeyboardInterrupt:
+            self.record.status = "interrupted"
+        except ThintuneError as error:
+            self.record.status, self.record.error = "failed", str(error)
+            with contextlib.suppress(ThintuneError):
+                self._write_record()
+            raise
+        self._write_record()
+        return self.record
+
+    def _stop(self) -> None:
+        """A first signal ends the run after the current step; before the steps there is nothing to save."""
+        if self.stopped or not self.stepping:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+    stepping = False
+
+    def _execute(self, splits: Splits) -> None:
+        config = self.config
+        model = self._fresh_model(splits) if self.state is None else self._saved_model(splits, self.state)
+        optimizer = build_optimizer(model, config.train)
+        thin = config.thin
+        thin_step = ThinStep(model, optimizer, refresh_every=thin.refresh_every, update_scale=thin.update_scale)
+        loop = Loop(model, optimizer, thin_step, splits.train, config.train, config.device)
+        if self.state is not None:
+            loop.progress.step = int(self.state.document["step"])
+            loop.progress.epoch_losses = list(self.state.document["epoch_losses"])
+            thin_step.restore_(loop.progress.step)
+            self.state.restore_optimizer_(model, optimizer)
+            self.state = None
+        else:
+            torch.manual_seed(config.train.seed)
+        self.record.parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.record.prepare_time_s = round(time.perf_counter() - self.began, 3)
+        finished = self._steps(loop, model, optimizer)
+        self._note_progress(loop.progress)
+        if not finished:
+            self.record.status = "interrupted"
+            return
+        self._finish(model, splits)
+
+    def _fresh_model(self, splits: Splits) -> nn.Module:
+        config = self.config
+        model, report = build(config, splits)
+        self._note_conversion(report)
+        if config.train.fit_head:
+            head = model.get_submodule(classifier_name(model))
+            assert isinstance(head, nn.Linear)
+            size = min(config.train.micro_batch or config.train.batch_size, 32)
+            fit_head_(model, head, splits.train, size, config.device)
+            self.record.head_val_accuracy = evaluate(model, splits.val, size, config.device).accuracy
+            self.display.say(f"head fitted: validation accuracy {self.record.head_val_accuracy}")
+        return model
+
+    def _saved_model(self, splits: Splits, state: SavedState) -> nn.Module:
+        document = state.document
+        model = rebuild(self.config, splits.classes, document["layers"])
+        state.restore_model_(model)
+        model.to(self.config.device)
+        self.record.kept_weight_fraction = document["kept_weight_fraction"]
+        self.record.head_val_accuracy = document["head_val_accuracy"]
+        self.display.say(f"resumed after step {document['step']}")
+        return model
+
+    def _note_conversion(self, report: ConversionReport | None) -> None:
+        self.record.kept_weight_fraction = 1.0 if report is None else report.kept_weight_fraction
+        if report is not None:
+            self.display.say(str(report))
+
+    def _steps(self, loop: Loop, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+        every = self.config.train.checkpoint_every
+
+        def save() -> None:
+            progress = {
+                "step": loop.progress.step,
+                "epoch_losses": loop.progress.epoch_losses,
+                "kept_weight_fraction": self.record.kept_weight_fraction,
+                "head_val_accuracy": self.record.head_val_accuracy,
+            }
+            save_state(self.out / STATE, model, optimizer, self.config, progress)
+
+        def after_step(progress: Progress) -> bool:
+            self.display.step(progress)
+            if self.stopped or (every and progress.step % every == 0):
+                save()
+            return not self.stopped
+
+        self.display.start(loop.steps, loop.progress.step)
+        self.stepping = True
+        try:
+            if every and loop.progress.step == 0:
+                save()
+            return loop.run(after_step)
+        finally:
+            self.stepping = False
+            self.display.stop()
+
+    def _note_progress(self, progress: Progress) -> None:
+        record = self.record
+        record.steps = progress.step
+        losses = progress.epoch_losses
+        record.train_loss = sum(losses) / len(losses) if losses else None
+        record.saved_activation_bytes = progress.saved_activation_bytes
+        record.train_flops_per_step = progress.flops_per_step
+        record.step_time_s_median, record.step_time_s_iqr = median_and_iqr(progress.step_times_s)
+        if record.step_time_s_median:
+            record.images_per_s = self.config.train.batch_size / record.step_time_s_median
+        peak, baseline = peak_rss_bytes(), record.baseline_rss_bytes
+        if peak is not None and baseline is not None:
+            record.train_peak_above_baseline_bytes = peak - baseline
+
+    def _finish(self, model: nn.Module, splits: Splits) -> None:
+        config = self.config
+        if config.method == "lora":
+            merge_lora_(model)
+        size = min(config.train.micro_batch or config.train.batch_size, 32)
+        self.record.val_accuracy = evaluate(model, splits.val, size, config.device).accuracy
+        tested = evaluate(model, splits.test, size, config.device)
+        self.record.test_accuracy = tested.accuracy
+        self.record.inference_images_per_s = tested.images_per_s
+        info = {"config": to_dict(config), "classes": splits.classes, "test_accuracy": tested.accuracy, "batch_size": size}
+        self.record.checkpoint_bytes = save_checkpoint(model, self.out / CHECKPOINT, info).size_bytes
+        self.record.status = "completed"
+
+    def _write_record(self) -> None:
+        record = self.record
+        record.peak_rss_bytes = peak_rss_bytes()
+        if record.peak_rss_bytes is not None and record.baseline_rss_bytes is not None:
+            record.peak_above_baseline_bytes = record.peak_rss_bytes - record.baseline_rss_bytes
+        record.duration_s = round(time.perf_counter() - self.began, 3)
+        write_text(self.out / RECORD, record.to_json())
+
+
+def _new_record(config: RunConfig, *, resumed: bool) -> RunRecord:
+    train = config.train
+    return RunRecord(
+        method=config.method,
+        model=config.model.name,
+        model_options=config.model.options,
+        model_checkpoint=config.model.checkpoint,
+        dataset=config.data.name,
+        image_size=config.data.image_size,
+        seed=train.seed,
+        optimizer=train.optimizer,
+        learning_rate=train.learning_rate,
+        batch_size=train.batch_size,
+        micro_batch=train.micro_batch or train.batch_size,
+        epochs=train.epochs,
+        explained_variance=config.thin.explained_variance,
+        resumed=resumed,
+        threads=torch.get_num_threads(),
+        device=config.device,
+        versions=_versions(),
+        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        git_commit=_git_commit(),
+        config=to_dict(config),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("thintune", "torch", "timm", "torchvision", "peft"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree the package runs from, or None."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+        return found.stdout.strip() or None
+    return None
+
+
+@contextlib.contextmanager
+def _on_signal(stop: Callable[[], None]) -> Iterator[None]:
+    """Calls `stop` on SIGINT and SIGTERM, in the main thread only."""
+
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        stop()
+
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handler)
+    except ValueError:  # not in the main thread: leave signals to the caller
+        before = {}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
