@@ -91,7 +91,7 @@ class ModelConfig:
     name: str = "timm:vit_small_patch14_dinov2"
     """Model as `timm:NAME`."""
     checkpoint: str | None = None
-    """Safetensors file of dense weights in timm's names, or a checkpoint directory written by thintune."""
+    """Safetensors file of dense weights in timm's names; only the head may be missing."""
     pretrained: bool = False
     """Download the pre-trained weights of the name (needs internet)."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -230,10 +230,15 @@ class RunConfig:
     method: Method = "thin"
     """thin, wasi, wsi, asi, lora or dense."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model is trained."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Which images are read and how they are split."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """How the model is trained."""
     thin: ThinConfig = field(default_factory=ThinConfig)
+    """How linear layers become thin."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """The LoRA baseline."""
     device: str = "cpu"
     """cpu or cuda."""
     threads: int | None = None

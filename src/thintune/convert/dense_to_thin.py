@@ -150,10 +150,9 @@ def _convert_thin(model: nn.Module, layers: dict[str, nn.Linear], config: ThinCo
                 activation_rank=config.activation_rank,
                 device="meta",
                 dtype=layer.weight.dtype,
-            ).to_empty(device=layer.weight.device)
+            )
             thin.set_(left, right, None if layer.bias is None else layer.bias + shift)
-            thin.update.zero_()
-            thin.basis.copy_(basis)
+            thin.start_(basis)
             _replace(model, name, layer, thin)
             yield name, thin, ranks[name], (thin.basis.shape[1],)
 

@@ -13,9 +13,11 @@ HELD_OUT_SHARE = 0.2
 
 def permutation(n: int, *key: int) -> Tensor:
     """Returns the numbers from 0 to n - 1, (n,) int64, in an order that depends only on n and the key."""
-    # SeedSequence mixes the parts of the key: (0, 1) and (1, 0) differ, as a sum of seeds would not.
-    words = np.random.SeedSequence([part % 2**64 for part in key]).generate_state(1)
-    return torch.randperm(n, generator=torch.Generator().manual_seed(int(words[0])))
+    # SeedSequence mixes the parts of the key: (0, 1) and (1, 0) differ, as a sum of seeds would not. Each part is two
+    # words, or (2**32,) would run into (0, 1).
+    words = [word for part in key for word in divmod(part % 2**64, 2**32)]
+    seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def held_out(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _IN_PLACE = (
-    "a tensor saved for the backward pass, of shape {shape}, has been modified by an inplace operation: it is at version "
-    "{now}, expected version {saved}. Compute on a copy, or run the operation out of place."
+    "a tensor saved for the backward pass, of shape {shape}, has been modified by an inplace operation: it is at "
+    "version {now}, expected version {saved}. Compute on a copy, or run the operation out of place."
 )
 
 
@@ -23,8 +23,8 @@ class SavedActivations:
     """Counts the bytes that autograd saves inside the block, each distinct storage once.
 
     A saved view keeps its whole storage alive, so the whole storage counts. A storage counts from the first tensor
-    saved in it until the graph lets go of the last one; `bytes` is the peak of that count. For one forward pass the peak
-    is simply the sum; over a training loop it is the worst micro-batch, not a sum over steps.
+    saved in it until the graph lets go of the last one; `bytes` is the peak of that count. For one forward pass the
+    peak is simply the sum; over a training loop it is the worst micro-batch, not a sum over steps.
 
     The count itself holds no tensor. Every saved tensor sits in a small holder that lives exactly as long as the graph
     wants it, so a storage in the count is alive, and its address cannot meanwhile belong to another one: an address
@@ -100,7 +100,8 @@ class _Holder:
     __slots__ = ("keys", "released", "tensor", "version")
 
     def __init__(self, tensor: Tensor, keys: list[int], released: deque[list[int]]):
-        self.tensor = tensor
+        # Detached: a result comes with its grad_fn, which owns this holder, and no collector sees through that cycle.
+        self.tensor = tensor.detach()
         self.version = tensor._version
         self.keys = keys
         self.released = released

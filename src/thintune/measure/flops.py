@@ -69,9 +69,7 @@ def _attention(query: Shape, key: Shape, value: Shape, *_args: object, **_kwargs
     return 2 * batch * heads * rows * key[2] * (features + value[3])
 
 
-def _attention_backward(
-    _grad: Shape, query: Shape, key: Shape, value: Shape, *_args: object, **_kwargs: object
-) -> int:
+def _attention_backward(_grad: Shape, query: Shape, key: Shape, value: Shape, *_args: object, **_kwargs: object) -> int:
     """Scores again, the gradients of query and key (features each), of scores and value (value features each)."""
     batch, heads, rows, features = query
     return 2 * batch * heads * rows * key[2] * (3 * features + 2 * value[3])

@@ -58,9 +58,10 @@ class ThinLinear(nn.Module):
     @torch.no_grad()
     def set_(self, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
         """Takes over factors and bias without copying them."""
-        self.left.data, self.right.data = left, right
+        self.left = nn.Parameter(left, requires_grad=self.left.requires_grad)
+        self.right = nn.Parameter(right, requires_grad=self.right.requires_grad)
         if self.bias is not None and bias is not None:
-            self.bias.data = bias
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., I) to (..., O)."""
@@ -123,6 +124,12 @@ class SubspaceLinear(ThinLinear):
         self.register_buffer("basis", torch.eye(in_features, r, device=device, dtype=dtype))
         self.capturing = False
         self._captured: Tensor | None = None
+
+    @torch.no_grad()
+    def start_(self, basis: Tensor) -> None:
+        """Takes over a basis (I, r) and sets the update to zero."""
+        self.basis = basis.to(self.left.dtype)
+        self.update = nn.Parameter(basis.new_zeros(self.out_features, basis.shape[1], dtype=self.left.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., I) to (..., O)."""

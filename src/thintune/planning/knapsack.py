@@ -32,15 +32,13 @@ class Option:
     error: float
 
 
-def choose(
-    options: Sequence[Sequence[Option]], budget_bytes: int, *, max_points: int = MAX_POINTS
-) -> list[int]:
+def choose(options: Sequence[Sequence[Option]], budget_bytes: int, *, max_points: int = MAX_POINTS) -> list[int]:
     """Returns the option to take for each layer: least summed error with the summed cost within the budget.
 
-    The best plan, exactly, as long as no more than `max_points` partial plans are undominated at once. Beyond that, what
-    each option costs above the cheapest of its layer is rounded **up** to a granule of 1 / `max_points` of the bytes
-    that may be chosen freely. A rounded plan never exceeds the budget, and it is at least as good as the best plan of a
-    budget that is smaller by one granule a layer.
+    The best plan, exactly, as long as no more than `max_points` partial plans are undominated at once. Beyond that,
+    what each option costs above the cheapest of its layer is rounded **up** to a granule: what the budget leaves above
+    the cheapest plan, divided by `max_points`. A rounded plan never exceeds the budget, and it is at least as good as
+    the best plan of a budget that is smaller by one granule a layer.
 
     Args:
         options: for each layer its options, at least one, in any order.

@@ -113,7 +113,7 @@ class Loop:
                     self.progress.saved_activation_bytes = saved.bytes
             else:
                 loss = self._loss(images, labels, len(indices))
-            value = float(loss)
+            value = float(loss.detach())
             if not math.isfinite(value):
                 self._diverged("loss", value, images)
             loss.backward()

@@ -89,7 +89,7 @@ def train(
         ThintuneError: whatever went wrong; a record of status `failed` is left if the run had begun.
     """
     check_device(config.device)
-    if not (resume or overwrite) and (out / RECORD).exists():
+    if not (resume or overwrite) and any((out / name).exists() for name in (STATE, CHECKPOINT)):
         raise ConfigError(f"{out}: holds a run already; use --resume, --overwrite or another --out.")
     return _Run(config, out, resume, display or Silent()).execute()
 
