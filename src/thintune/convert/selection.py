@@ -9,7 +9,7 @@ from torch import nn
 
 from thintune.config import ThinConfig
 from thintune.errors import ConversionError, nearest
-from thintune.nn import ThinLinear
+from thintune.nn import CompressedLinear, ThinLinear
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -32,18 +32,24 @@ def select(model: nn.Module, config: ThinConfig) -> tuple[dict[str, nn.Linear], 
     """
     chosen: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
-    owners: dict[int, str] = {}
     linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear | ThinLinear)}
-    if any(isinstance(m, ThinLinear) for m in linears.values()):
+    if any(isinstance(m, ThinLinear | CompressedLinear) for m in linears.values()):
         raise ConversionError("the model has thin layers already; merge_ it first to convert it anew.")
+    if "" in linears:
+        raise ConversionError("the model is itself a linear layer; wrap it, as in torch.nn.Sequential(model).")
     _check_patterns(linears, [*config.include_modules, *config.exclude_modules])
+    owners = _owners(model)
+    first: dict[int, str] = {}
     for name, module in linears.items():
+        assert isinstance(module, nn.Linear)
+        others = [owner for owner, key in owners.get(id(module.weight), ()) if key != id(module)]
         reason = _reason(name, module, config)
-        if reason is None and id(module.weight) in owners:
-            reason = f"shares its weight with {owners[id(module.weight)]}"
-        owners.setdefault(id(module.weight), name)
+        if reason is None and others:
+            reason = f"shares its weight with {others[0]}"
+        if reason is None and id(module) in first:
+            reason = f"is the same module as {first[id(module)]}"
+        first.setdefault(id(module), name)
         if reason is None:
-            assert isinstance(module, nn.Linear)
             chosen[name] = module
         else:
             skipped[name] = reason
@@ -53,6 +59,15 @@ def select(model: nn.Module, config: ThinConfig) -> tuple[dict[str, nn.Linear], 
             f"exclude_modules={list(config.exclude_modules)}; loosen the patterns."
         )
     return chosen, skipped
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, int]]]:
+    """Identity of each parameter -> name and identity of every module that holds it, a tied embedding too."""
+    owners: dict[int, list[tuple[str, int]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((name, id(module)))
+    return owners
 
 
 def _reason(name: str, module: nn.Module, config: ThinConfig) -> str | None:
@@ -79,3 +94,26 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts a module in the place of the one of that name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module in the place of another wherever the model holds that one, and gives it its mode."""
+    new.train(old.training)
+    for parent in list(model.modules()):
+        for child, module in list(parent.named_children()):
+            if module is old:
+                setattr(parent, child, new)
+
+
+def trains(layer: nn.Module) -> tuple[bool, bool]:
+    """Whether the weight and the bias of a dense or thin linear layer take gradients, be it in another form."""
+    weight = next(w for n in ("update", "left", "weight") if (w := getattr(layer, n, None)) is not None)
+    bias = getattr(layer, "bias", None)
+    return weight.requires_grad, bias is not None and bias.requires_grad
+
+
+def freeze_as_(new: nn.Module, weight: bool, bias: bool) -> None:
+    """Freezes what stands for the weight, and the bias, where the replaced layer was frozen."""
+    for name, parameter in new.named_parameters():
+        if not (bias if name == "bias" else weight):
+            parameter.requires_grad_(False)

@@ -4,6 +4,7 @@ What could not be measured is `None`, never 0.
 """
 
 from thintune.measure.activations import SavedActivations
+from thintune.measure.allocator import release_free_memory
 from thintune.measure.flops import count_flops
 from thintune.measure.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
 from thintune.measure.timing import interleave, median_and_iqr
@@ -16,6 +17,7 @@ __all__ = [
     "interleave",
     "median_and_iqr",
     "peak_rss_bytes",
+    "release_free_memory",
     "reset_peak_rss",
     "rss_bytes",
     "track",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 from typing import Any
 
 import torch
@@ -21,10 +23,14 @@ from thintune.train.models import build_model, classifier_name, import_timm
 
 def import_libraries(config: RunConfig) -> None:
     """Imports what the run will need, so that the memory baseline counts it."""
-    import importlib
-
     import_timm()
     importlib.import_module("torch.utils.flop_counter")
+    if config.data.name == "digits":
+        with contextlib.suppress(ImportError):  # the reader of the data reports it
+            importlib.import_module("sklearn.datasets")
+    elif config.data.name not in ("fashion-mnist", "folder", "synthetic"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torchvision.datasets")
     if config.method == "lora":
         import_peft()
 

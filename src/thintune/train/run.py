@@ -24,7 +24,7 @@ from thintune.convert import ConversionReport
 from thintune.data import Splits
 from thintune.errors import ConfigError, DataError, ThintuneError
 from thintune.io import prepare_directory, save_checkpoint, write_text
-from thintune.measure import median_and_iqr, peak_rss_bytes, rss_bytes
+from thintune.measure import median_and_iqr, peak_rss_bytes, release_free_memory, rss_bytes
 from thintune.optim import ThinStep, build_optimizer
 from thintune.records import RunRecord
 from thintune.train.evaluate import evaluate
@@ -150,6 +150,7 @@ class _Run:
             torch.manual_seed(config.train.seed)
         self.record.parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.record.prepare_time_s = round(time.perf_counter() - self.began, 3)
+        release_free_memory()
         finished = self._steps(loop, model, optimizer)
         self._note_progress(loop.progress)
         if not finished:
@@ -161,6 +162,7 @@ class _Run:
         config = self.config
         model, report = build(config, splits)
         self._note_conversion(report)
+        release_free_memory()
         if config.train.fit_head:
             head = model.get_submodule(classifier_name(model))
             assert isinstance(head, nn.Linear)
