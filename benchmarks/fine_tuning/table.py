@@ -1,6 +1,6 @@
 """Prints the tables of the README from the records under benchmarks/results/fine_tuning.
 
-    python benchmarks/fine_tuning/table.py
+python benchmarks/fine_tuning/table.py
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ def main() -> None:
         found = [cell(method, rate, 0) for rate in LEARNING_RATES]
         shown = [f"{100 * json.loads(f.read_text())['val_accuracy']:.1f}" if f.exists() else "-" for f in found]
         print(f"| {method} | " + " | ".join(shown) + " |")
-    print("\n| method | kept weights | lr | seeds | test accuracy, % | step, s | peak above runtime, MB | checkpoint, MB |")
-    print("|---|---|---|---|---|---|---|---|")
+    headings = "method", "kept", "lr", "seeds", "test accuracy, %", "step, s", "peak, MB", "checkpoint, MB"
+    print(f"\n| {' | '.join(headings)} |")
+    print("|---" * len(headings) + "|")
     for method in present:
         rows = records(method)
         print(
             f"| {method} | {rows[0]['kept_weight_fraction']:.2f} | {best_rate(method)} | {len(rows)} "
             f"| {spread([100 * r['test_accuracy'] for r in rows], '{:.2f}')} "
             f"| {spread([r['step_time_s_median'] for r in rows], '{:.2f}')} "
-            f"| {max(r['peak_above_baseline_bytes'] for r in rows) / 1e6:.0f} | {rows[0]['checkpoint_bytes'] / 1e6:.1f} |"
+            f"| {max(r['peak_above_baseline_bytes'] for r in rows) / 1e6:.0f} "
+            f"| {rows[0]['checkpoint_bytes'] / 1e6:.1f} |"
         )
 
 

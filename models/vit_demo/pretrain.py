@@ -107,7 +107,9 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             if i % 50 == 0:
-                print(f"epoch {epoch} step {i} loss {loss.item():.3f} {time.perf_counter() - started:.0f} s", flush=True)
+                print(
+                    f"epoch {epoch} step {i} loss {loss.item():.3f} {time.perf_counter() - started:.0f} s", flush=True
+                )
     test_accuracy = accuracy(
         model,
         read_idx(arguments.root / "t10k-images-idx3-ubyte.gz"),

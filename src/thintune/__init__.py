@@ -6,6 +6,15 @@ from thintune.convert import convert_, merge_
 from thintune.io import load_checkpoint_, save_checkpoint
 from thintune.optim import ThinStep
 
-__all__ = ["ThinConfig", "ThinStep", "__version__", "convert_", "load_checkpoint_", "measure", "merge_", "save_checkpoint"]
+__all__ = [
+    "ThinConfig",
+    "ThinStep",
+    "__version__",
+    "convert_",
+    "load_checkpoint_",
+    "measure",
+    "merge_",
+    "save_checkpoint",
+]
 
 __version__ = "0.1.0"

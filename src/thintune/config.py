@@ -41,7 +41,7 @@ class ThinConfig:
     """How linear layers become thin."""
 
     kept: float | None = None
-    """Share of the converted layers' weights to keep, in (0, 1]; excludes explained_variance. Default for `thin`: 0.6."""
+    """Share of the converted layers' weights to keep, in (0, 1]; default for `thin`: 0.6."""
     explained_variance: float | None = None
     """Share of the variance each layer's rank must explain, in (0, 1]. Default for `wasi` and `wsi`: 0.9."""
     rank: int | None = None
@@ -68,12 +68,15 @@ class ThinConfig:
         _require_share("thin.explained_variance", self.explained_variance)
         _require_share("thin.activation_explained_variance", self.activation_explained_variance)
         given = [n for n in ("kept", "explained_variance", "rank") if getattr(self, n) is not None]
-        _require(len(given) <= 1, f"thin: expected one of kept, explained_variance and rank, got {' and '.join(given)}.")
+        _require(
+            len(given) <= 1, f"thin: expected one of kept, explained_variance and rank, got {' and '.join(given)}."
+        )
         _require(self.rank is None or self.rank >= 1, f"thin.rank: expected at least 1, got {self.rank}.")
         _require(self.activation_rank >= 1, f"thin.activation_rank: expected at least 1, got {self.activation_rank}.")
         _require(self.refresh_every >= 1, f"thin.refresh_every: expected at least 1, got {self.refresh_every}.")
         _require(
-            self.calibration_images >= 1, f"thin.calibration_images: expected at least 1, got {self.calibration_images}."
+            self.calibration_images >= 1,
+            f"thin.calibration_images: expected at least 1, got {self.calibration_images}.",
         )
         _require(self.update_scale > 0, f"thin.update_scale: expected more than 0, got {self.update_scale}.")
         _require(
@@ -201,7 +204,8 @@ class TrainConfig:
             value = getattr(self, name)
             _require(0 <= value < 1, f"train.{name}: expected a number in [0, 1), got {value}.")
         _require(
-            self.clip_norm is None or self.clip_norm > 0, f"train.clip_norm: expected more than 0, got {self.clip_norm}."
+            self.clip_norm is None or self.clip_norm > 0,
+            f"train.clip_norm: expected more than 0, got {self.clip_norm}.",
         )
         _require(
             self.checkpoint_every >= 0, f"train.checkpoint_every: expected at least 0, got {self.checkpoint_every}."
@@ -249,9 +253,7 @@ class RunConfig:
             self.method in METHODS,
             f"method: expected one of {', '.join(METHODS)}, got {self.method!r}.{nearest(self.method, METHODS)}",
         )
-        _require(
-            self.device.split(":")[0] in ("cpu", "cuda"), f"device: expected cpu or cuda, got {self.device!r}."
-        )
+        _require(self.device.split(":")[0] in ("cpu", "cuda"), f"device: expected cpu or cuda, got {self.device!r}.")
         _require(self.threads is None or self.threads >= 1, f"threads: expected at least 1, got {self.threads}.")
 
 

@@ -51,7 +51,9 @@ def explain(text: str, flags: list[str]) -> str:
     if found := re.search(r"unrecognized arguments: (.*)", text, re.IGNORECASE):
         word = found.group(1).split()[0].split("=")[0]
         return f"{word}: unknown flag.{nearest(word, flags)}"
-    if found := re.search(r"key ['\"]([\w.]+)['\"] is not expected|no action for key ['\"]([\w.]+)['\"]", text, re.IGNORECASE):
+    if found := re.search(
+        r"key ['\"]([\w.]+)['\"] is not expected|no action for key ['\"]([\w.]+)['\"]", text, re.IGNORECASE
+    ):
         word = found.group(1) or found.group(2)
         return f"{word}: unknown configuration key.{nearest(word, [flag.lstrip('-') for flag in flags])}"
     if found := re.search(r'key "([\w.]+)": Expected a (.*?)\. Got value: (.*)', text):
@@ -63,7 +65,8 @@ def explain(text: str, flags: list[str]) -> str:
         word = ".".join(found.groups())
         return f"{word}: unknown configuration key.{nearest(word, [flag.lstrip('-') for flag in flags])}"
     if found := re.search(r"the following arguments are required: (.*)", text):
-        return f"missing: {', '.join(f'--{name}' if f'--{name}' in flags else name for name in found.group(1).split(', '))}."
+        names = [f"--{name}" if f"--{name}" in flags else name for name in found.group(1).split(", ")]
+        return f"missing: {', '.join(names)}."
     return text
 
 
@@ -87,4 +90,3 @@ def eval_parser() -> Parser:
     parser.add_argument("--data.root", type=str, default=None, help="The data's folder, where it has moved.")
     parser.add_argument("--data.test_limit", type=int, default=None, help="Use this many test images.")
     return parser
-

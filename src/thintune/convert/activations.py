@@ -31,21 +31,25 @@ def tucker_compressors(
         planned: names them, layer by layer; the batch mode first, the feature mode last.
 
     Raises:
-        ConversionError: a plan that names an unknown layer or has the wrong number of modes.
+        ConversionError: a plan that names an unknown layer, misses one, or has the wrong number of modes.
     """
-    for name in planned or {}:
-        if name not in layers:
-            raise ConversionError(f"activation_ranks: {name!r} is no converted layer.{nearest(name, layers)}")
+    problems = [
+        f"{name!r} is no converted layer.{nearest(name, layers)}" for name in planned or {} if name not in layers
+    ]
     found: dict[str, TuckerCompressor] = {}
 
     def visit(name: str, x: Tensor) -> None:
-        ranks = planned[name] if planned else mode_ranks(x, config.activation_explained_variance)
-        if len(ranks) != x.ndim:
-            raise ConversionError(f"{name}: expected {x.ndim} ranks for an input of shape {tuple(x.shape)}, got {ranks}.")
+        ranks = mode_ranks(x, config.activation_explained_variance) if planned is None else planned.get(name)
+        if ranks is None or len(ranks) != x.ndim:
+            got = "none" if ranks is None else str(tuple(ranks))
+            problems.append(f"{name}: expected {x.ndim} ranks for an input of shape {tuple(x.shape)}, got {got}.")
+            return
         _, factors = st_hosvd(x, ranks)
-        compressor = TuckerCompressor(x.shape, [f.shape[1] for f in factors]).to(x.device)
+        compressor = TuckerCompressor(x.shape, [f.shape[1] for f in factors]).to(x.device, x.dtype)
         compressor.start_(factors)
         found[name] = compressor
 
     observe(model, dict(layers), [batch], visit)
+    if problems:
+        raise ConversionError("activation_ranks: " + " ".join(problems))
     return found

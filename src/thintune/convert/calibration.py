@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,10 @@ def checked_batches(calibration: Iterable[Any] | None) -> list[Any]:
     """Materialises the calibration batches.
 
     Raises:
-        ConversionError: none given, or an empty iterable.
+        ConversionError: none given, an empty iterable, or a tensor that is no list of batches.
     """
+    if isinstance(calibration, Tensor):
+        raise ConversionError("calibration: expected a list of batches, got one tensor; pass calibration=[images].")
     batches = [] if calibration is None else list(calibration)
     if not batches:
         raise ConversionError(
@@ -76,7 +78,7 @@ def checked_batches(calibration: Iterable[Any] | None) -> list[Any]:
 
 def run(model: nn.Module, batch: Any) -> None:
     """One forward pass; a tuple or a dict is unpacked into arguments."""
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, tuple | list):
         model(*batch)
@@ -95,6 +97,8 @@ def observe(
 
     def hook(name: str) -> Callable[..., None]:
         def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not inputs:
+                raise ConversionError(f"{name}: expected a call as layer(x), got one by keyword; exclude the layer.")
             visit(name, inputs[0].detach())
             missing.discard(name)
             if not missing:

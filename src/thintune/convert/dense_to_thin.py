@@ -14,11 +14,13 @@ from thintune.convert.activations import tucker_compressors
 from thintune.convert.calibration import Moments, blocks, checked_batches, groups, moments
 from thintune.convert.ranks import choose_ranks
 from thintune.convert.report import ConversionReport, LayerReport
-from thintune.convert.selection import select, set_submodule
-from thintune.errors import ConfigError, nearest
+from thintune.convert.selection import freeze_as_, replace_, select, trains
+from thintune.errors import ConfigError, ConversionError, nearest
 from thintune.linalg import data_aware_factors, input_basis, output_spectrum, truncated_svd
 from thintune.nn import CompressedLinear, FactorLinear, SubspaceLinear, ThinLinear, TuckerCompressor
 
+UNSEEN = 1e-6
+"""Variance given to every input direction, as a share of the mean variance."""
 _CONVERTIBLE: tuple[Method, ...] = ("thin", "wasi", "wsi", "asi")
 
 
@@ -54,7 +56,8 @@ def convert_(
 
     Raises:
         ConfigError: an unknown method.
-        ConversionError: no layer matched, a rank above a layer's limit, or no calibration where it is needed.
+        ConversionError: no layer matched or was called, a rank above a layer's limit, or no calibration where it is
+            needed.
 
     Example:
         >>> import torch, thintune as tt
@@ -68,10 +71,10 @@ def convert_(
     if config.rank is not None and method != "asi":
         choose_ranks(layers, dict, config, cap=False)  # raises before anything is changed
     linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
-    order = list(linears)
-    sizes = {n: m.weight.numel() * m.weight.element_size() for n, m in layers.items()}
-    shapes = {n: m.weight.shape for n, m in layers.items()}
-    linears = {n: m for n, m in linears.items() if n in skipped}
+    before = {
+        n: (m.out_features, m.in_features, m.weight.numel() * m.weight.element_size()) for n, m in linears.items()
+    }
+    del linears  # from here on only `layers` and the model hold dense layers, and both let go of them one by one
     if method == "thin":
         convert = _convert_thin(model, layers, config, checked_batches(calibration))
     else:
@@ -81,28 +84,27 @@ def convert_(
             compressors = tucker_compressors(model, layers, batches[0], config, activation_ranks)
         convert = _convert_published(model, layers, config, method, compressors)
     converted = {
-        name: LayerReport(name, *shapes[name], rank, ranks, sizes[name], _weight_bytes(new))
+        name: LayerReport(name, *before[name][:2], rank, ranks, before[name][2], _weight_bytes(new))
         for name, new, rank, ranks in convert
     }
-    return _report(method, order, converted, skipped, linears)
+    if not converted:
+        raise ConversionError(f"none of {', '.join(layers)} is called on the calibration inputs.")
+    return _report(method, before, converted, skipped)
 
 
 def _report(
     method: str,
-    order: Sequence[str],
+    before: Mapping[str, tuple[int, int, int]],
     converted: Mapping[str, LayerReport],
     skipped: Mapping[str, str],
-    linears: Mapping[str, nn.Linear],
 ) -> ConversionReport:
     layers = []
-    for name in order:
+    for name, (out_features, in_features, size) in before.items():
         if name in converted:
             layers.append(converted[name])
             continue
-        layer = linears[name]
-        size = layer.weight.numel() * layer.weight.element_size()
         reason = skipped.get(name, "never called on the calibration inputs")
-        layers.append(LayerReport(name, layer.out_features, layer.in_features, None, None, size, size, reason))
+        layers.append(LayerReport(name, out_features, in_features, None, None, size, size, reason))
     return ConversionReport(method, layers)
 
 
@@ -126,7 +128,9 @@ def with_defaults(config: ThinConfig, method: Method) -> ThinConfig:
 _Converted = Iterable[tuple[str, nn.Module, int | None, tuple[int, ...] | None]]
 
 
-def _convert_thin(model: nn.Module, layers: dict[str, nn.Linear], config: ThinConfig, batches: Sequence[Any]) -> _Converted:
+def _convert_thin(
+    model: nn.Module, layers: dict[str, nn.Linear], config: ThinConfig, batches: Sequence[Any]
+) -> _Converted:
     """Pass 1 finds the spectra on the dense path and from them the ranks; pass 2 converts block by block."""
 
     def spectra() -> dict[str, Tensor]:
@@ -137,9 +141,11 @@ def _convert_thin(model: nn.Module, layers: dict[str, nn.Linear], config: ThinCo
         return found
 
     ranks = choose_ranks(layers, spectra, config, cap=config.rank is None)
-    for block in blocks({n: layers[n] for n in layers if n in ranks}):
-        for name, seen in moments(model, block, batches).items():
-            layer = block[name]
+    plan = [list(group) for block in blocks(layers) for group in groups(block)]
+    for names in plan:
+        group = {name: layers[name] for name in names if name in ranks}
+        for name, seen in moments(model, group, batches).items():
+            layer = layers.pop(name)
             left, right, shift = data_aware_factors(layer.weight, _spread(layer, seen), seen.mean, ranks[name])
             basis = input_basis(seen.second, min(config.activation_rank, layer.in_features))
             thin = SubspaceLinear(
@@ -153,13 +159,19 @@ def _convert_thin(model: nn.Module, layers: dict[str, nn.Linear], config: ThinCo
             )
             thin.set_(left, right, None if layer.bias is None else layer.bias + shift)
             thin.start_(basis)
-            _replace(model, name, layer, thin)
+            _replace(model, layer, thin)
             yield name, thin, ranks[name], (thin.basis.shape[1],)
 
 
 def _spread(layer: nn.Linear, seen: Moments) -> Tensor:
-    """What the factors must explain: the covariance, or the second moment where no bias can take up the mean."""
-    return seen.second if layer.bias is None else seen.covariance
+    """What the factors must explain: the covariance, or the second moment where no bias can take up the mean.
+
+    Directions that the calibration inputs never take (a layer norm leaves one, few inputs leave many) get a trace of
+    variance, so that a rank which has room for them keeps what the weight makes of them.
+    """
+    spread = (seen.second if layer.bias is None else seen.covariance).double()
+    spread.diagonal().add_(UNSEEN * spread.diagonal().mean())
+    return spread
 
 
 def _convert_published(
@@ -172,12 +184,12 @@ def _convert_published(
     """The paper's choices: SVD of each weight, Tucker form of each input."""
 
     def spectra() -> dict[str, Tensor]:
-        return {n: torch.linalg.svdvals(m.weight).square() for n, m in layers.items()}
+        return {n: torch.linalg.svdvals(layers[n].weight).square() for n in names}
 
-    if compressors is not None:
-        layers = {n: m for n, m in layers.items() if n in compressors}
-    ranks = {} if method == "asi" else choose_ranks(layers, spectra, config, cap=False)
-    for name, layer in layers.items():
+    names = [n for n in layers if compressors is None or n in compressors]
+    ranks = {} if method == "asi" else choose_ranks({n: layers[n] for n in names}, spectra, config, cap=False)
+    for name in names:
+        layer = layers.pop(name)
         compressor = compressors[name] if compressors else None
         if method == "asi":
             assert compressor is not None
@@ -198,17 +210,14 @@ def _convert_published(
             new.set_(
                 *truncated_svd(layer.weight, rank=ranks[name]), None if layer.bias is None else layer.bias.detach()
             )
-        _replace(model, name, layer, new)
+        _replace(model, layer, new)
         yield name, new, ranks.get(name), compressor.ranks if compressor else None
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Linear, new: nn.Module) -> None:
+def _replace(model: nn.Module, layer: nn.Linear, new: nn.Module) -> None:
     """Puts the new layer in place, with the old one's mode and, for what it trains, its freezing."""
-    new.train(layer.training)
-    if not layer.weight.requires_grad:
-        for parameter in new.parameters():
-            parameter.requires_grad_(False)
-    set_submodule(model, name, new)
+    freeze_as_(new, *trains(layer))
+    replace_(model, layer, new)
 
 
 def _weight_bytes(layer: nn.Module) -> int:

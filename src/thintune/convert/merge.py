@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from thintune.convert.selection import set_submodule
+from thintune.convert.selection import freeze_as_, replace_, trains
 from thintune.nn import CompressedLinear, ThinLinear
 
 
@@ -19,7 +19,7 @@ def merge_(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if isinstance(module, ThinLinear):
             weight = module.left @ module.right
         elif isinstance(module, CompressedLinear):
@@ -30,7 +30,8 @@ def merge_(model: nn.Module) -> nn.Module:
             module.in_features, module.out_features, module.bias is not None, device="meta", dtype=weight.dtype
         )
         dense.weight = nn.Parameter(weight)
-        dense.bias = None if module.bias is None else nn.Parameter(module.bias.detach())
-        dense.train(module.training)
-        set_submodule(model, name, dense)
+        if module.bias is not None:
+            dense.bias = nn.Parameter(module.bias.detach())
+        freeze_as_(dense, *trains(module))
+        replace_(model, module, dense)
     return model

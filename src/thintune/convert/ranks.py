@@ -78,7 +78,7 @@ def _at_kept(
     low, high = 0.0, -11.0  # exponents: fewest ranks at low, most at high
     if cost(at(low)) > budget:
         raise ConversionError(
-            f"kept={kept}: rank 1 everywhere already keeps {cost(at(low)) / budget * kept:.4f} of the weights; ask for more."
+            f"kept={kept}: rank 1 everywhere keeps {cost(at(low)) / budget * kept:.4f} of the weights; ask for more."
         )
     if cost(at(high)) <= budget:
         return at(high)

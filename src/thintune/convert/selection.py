@@ -100,7 +100,7 @@ def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts a module in the place of another wherever the model holds that one, and gives it its mode."""
     new.train(old.training)
     for parent in list(model.modules()):
-        for child, module in list(parent.named_children()):
+        for child, module in list(parent._modules.items()):
             if module is old:
                 setattr(parent, child, new)
 

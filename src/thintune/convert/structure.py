@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from thintune.convert.selection import set_submodule
+from thintune.convert.selection import freeze_as_, replace_, trains
 from thintune.nn import CompressedLinear, FactorLinear, SubspaceLinear, TuckerCompressor
 
 
@@ -45,4 +45,6 @@ def rebuild_(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
         described = arguments.pop("compressor", None)
         if described is not None:
             arguments["compressor"] = TuckerCompressor(described["shape"], described["ranks"])
-        set_submodule(model, name, kind(**arguments, device="meta"))
+        old, new = model.get_submodule(name), kind(**arguments, device="meta")
+        freeze_as_(new, *trains(old))
+        replace_(model, old, new)

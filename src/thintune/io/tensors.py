@@ -121,7 +121,9 @@ def read_tensors(folder: Path, stem: str) -> StoredTensors:
         raise CheckpointError(f"{path}: missing; {stem}.json names it.")
     size = path.stat().st_size
     if size != described["bytes"]:
-        raise CheckpointError(f"{path}: expected {described['bytes']} bytes, found {size}; the file is truncated or damaged.")
+        raise CheckpointError(
+            f"{path}: expected {described['bytes']} bytes, found {size}; the file is truncated or damaged."
+        )
     with open(path, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != described["sha256"]:

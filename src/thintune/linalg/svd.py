@@ -33,7 +33,9 @@ def rank_for_explained_variance(variances: Tensor, explained_variance: float) ->
     return int(reached.int().argmax()) + 1
 
 
-def truncated_svd(weight: Tensor, *, rank: int | None = None, explained_variance: float | None = None) -> tuple[Tensor, Tensor]:
+def truncated_svd(
+    weight: Tensor, *, rank: int | None = None, explained_variance: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Best approximation of a weight by two thin factors (WSI's start, arXiv 2510.09160).
 
     Args:

@@ -96,9 +96,7 @@ def sketch(rows: int, columns: int, like: Tensor) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(like)
 
 
-def compress_warm(
-    tensor: Tensor, ranks: Sequence[int], start: Sequence[Tensor | None]
-) -> tuple[Tensor, list[Tensor]]:
+def compress_warm(tensor: Tensor, ranks: Sequence[int], start: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
     """Tucker form by one subspace iteration a mode, from warm factors (ASI, arXiv 2505.05086, alg. 1).
 
     A factor is used as a start only where its shape fits; `None`, or one of another batch or image size, starts from

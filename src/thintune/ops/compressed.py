@@ -32,7 +32,7 @@ class _CompressedLinear(torch.autograd.Function):
 def compressed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Sequence[Tensor]
 ) -> Tensor:
-    """y = x W.T + b, with the weight gradient taken from a Tucker form of x (ASI, arXiv 2505.05086).
+    """Y = x W.T + b, with the weight gradient taken from a Tucker form of x (ASI, arXiv 2505.05086).
 
     Args:
         x: (..., I).

@@ -48,7 +48,7 @@ def factor_linear(
     core: Tensor | None = None,
     factors: Sequence[Tensor] = (),
 ) -> Tensor:
-    """y = (x R.T) L.T + b with the chain rule for both factors: dL = A (R U).T, dR = (L.T A) U.T.
+    """Y = (x R.T) L.T + b with the chain rule for both factors: dL = A (R U).T, dR = (L.T A) U.T.
 
     A U.T is the weight gradient D for the kept input x~ (arXiv 2510.09160, sec. 3); D itself is never formed.
 

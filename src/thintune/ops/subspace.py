@@ -35,7 +35,7 @@ class _SubspaceLinear(torch.autograd.Function):
 def subspace_linear(
     x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, update: Tensor, basis: Tensor
 ) -> Tensor:
-    """y = (x R.T) L.T + b, the weight being L R + update U.T at update = 0.
+    """Y = (x R.T) L.T + b, the weight being L R + update U.T at update = 0.
 
     The gradient of `update` is A = G.T (x U): the weight gradient restricted to the span of U (arXiv 2510.09160,
     sec. 3, with the feature mode alone). While U stands still, gradients of micro-batches add up exactly in A.

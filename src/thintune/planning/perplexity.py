@@ -52,12 +52,12 @@ def perplexity_table(
     Args:
         model: in its dense form.
         layers: of the model, by name.
-        batch: inputs, as large as a micro-batch of training.
+        batch: inputs, as large as a micro-batch of training; a tuple or a dict is unpacked into arguments.
         loss: of the model's output.
         shares: of each mode's variance.
 
     Returns:
-        Rows by layer, in the order of `shares`; a layer that the batch does not reach is missing.
+        Rows by layer, in the order of `shares`; a layer that the batch does not reach, or more than once, is missing.
     """
     table: dict[str, list[Row]] = {}
     for name, layer in layers.items():
@@ -75,22 +75,30 @@ def _input_and_gradient(
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         probe = output.detach().requires_grad_()
         seen.extend((inputs[0].detach(), probe))
-        return probe
+        return probe.clone()  # what comes next may work in place, which a leaf does not allow
 
     handle = layer.register_forward_hook(keep)
     modes = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
     try:
         with torch.enable_grad():
-            value = loss(model(batch))
+            value = loss(_call(model, batch))
             if len(seen) != 2:
                 return None
-            (gradient,) = torch.autograd.grad(value, seen[1])
+            gradient = None
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value, seen[1], allow_unused=True)
     finally:
         handle.remove()
         for parameter, mode in modes.items():
             parameter.requires_grad_(mode)
-    return seen[0], gradient
+    return seen[0], torch.zeros_like(seen[1]) if gradient is None else gradient
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def _row(x: Tensor, gradient: Tensor, share: float) -> Row:

@@ -134,8 +134,8 @@ class Loop:
     def _diverged(self, what: str, value: float, images: Tensor | None) -> None:
         where = first_non_finite_layer(self.model, images) if images is not None else self._bad_gradient()
         raise DivergenceError(
-            f"step {self.progress.step + 1}: {what} is {value}, first seen at {where}; the last good checkpoint is kept. "
-            "Lower train.learning_rate, or set train.clip_norm."
+            f"step {self.progress.step + 1}: {what} is {value}, first seen at {where}; the last good checkpoint is "
+            "kept. Lower train.learning_rate, or set train.clip_norm."
         )
 
     def _bad_gradient(self) -> str:

@@ -95,7 +95,9 @@ def _load_dense_(model: nn.Module, path: Path) -> None:
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"model.checkpoint: {path}: truncated or no safetensors file: {_first_line(error)}.") from error
+        raise CheckpointError(
+            f"model.checkpoint: {path}: truncated or no safetensors file: {_first_line(error)}."
+        ) from error
     head = classifier_name(model)
     resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if resample is not None:

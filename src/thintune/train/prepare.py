@@ -81,7 +81,7 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
 
 
 def calibration_batches(config: RunConfig, split: Split) -> list[Tensor]:
-    """Unlabelled training images: one micro-batch for Tucker ranks, `calibration_images` in small batches for `thin`."""
+    """Unlabelled training images: one micro-batch for Tucker ranks, `calibration_images` for `thin`."""
     size = config.train.micro_batch or config.train.batch_size
     count = min(config.thin.calibration_images, len(split))
     if config.method in ("asi", "wasi"):

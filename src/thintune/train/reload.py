@@ -44,7 +44,7 @@ def reload(checkpoint: Checkpoint) -> tuple[nn.Module, RunConfig]:
     info = checkpoint.info
     if not {"config", "classes", "batch_size"} <= info.keys():
         raise CheckpointError(
-            f"{checkpoint.stored.path.parent}: was not written by a training run; load it with thintune.load_checkpoint_."
+            f"{checkpoint.stored.path.parent}: was not written by a training run; use thintune.load_checkpoint_."
         )
     config = from_dict(info["config"])
     source = dataclasses.replace(config.model, checkpoint=None, pretrained=False)

@@ -238,7 +238,12 @@ class _Run:
         tested = evaluate(model, splits.test, size, config.device)
         self.record.test_accuracy = tested.accuracy
         self.record.inference_images_per_s = tested.images_per_s
-        info = {"config": to_dict(config), "classes": splits.classes, "test_accuracy": tested.accuracy, "batch_size": size}
+        info = {
+            "config": to_dict(config),
+            "classes": splits.classes,
+            "test_accuracy": tested.accuracy,
+            "batch_size": size,
+        }
         self.record.checkpoint_bytes = save_checkpoint(model, self.out / CHECKPOINT, info).size_bytes
         self.record.status = "completed"
 
