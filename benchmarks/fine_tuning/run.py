@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def run_cell(backbone: Path, method: str, rate: str, seed: int) -> None:
         words += ["--data.name", "fashion-mnist", "--data.image_size", "56", "--data.train_limit", "4096"]
         words += ["--train.epochs", "3", "--train.batch_size", "128", "--train.learning_rate", rate]
         words += ["--train.seed", str(seed), *METHODS[method], "--out", str(out)]
-        subprocess.run([sys.executable, "-m", "thintune", "train", *words], check=True)
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # waiting threads sleep: the machine may be shared
+        subprocess.run([sys.executable, "-m", "thintune", "train", *words], check=True, env=environment)
         RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copy(out / "record.json", target)
 

@@ -169,7 +169,7 @@ class TrainConfig:
     """Images of one forward and backward pass; gradients add up exactly to those of the batch. Default: the batch."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw, or sgd with momentum."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     """Peak learning rate."""
     momentum: float = 0.9
     """Momentum of sgd, in [0, 1)."""

@@ -102,15 +102,25 @@ def test_the_opaque_inference_path_of_torch_attention_is_counted():
     rows = 2 * 5
     linears = 2 * rows * (3 * 8 * 8 + 8 * 8 + 2 * 8 * 16)
     attention = 2 * 2 * (2 * 2 * 5 * 5 * 4)
-    was_enabled = torch.backends.mha.get_fastpath_enabled()
     with torch.no_grad():
         assert count_flops(lambda: layer(x)) == linears + attention
-    assert torch.backends.mha.get_fastpath_enabled() == was_enabled
 
 
-def test_an_error_of_the_callable_comes_through_and_leaves_no_trace():
-    was_enabled = torch.backends.mha.get_fastpath_enabled()
+@pytest.fixture(params=[True, False])
+def fast_path(request):
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(request.param)
+    yield request.param
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_the_switch_of_the_inference_path_is_put_back(fast_path):
+    assert count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 60
+    assert torch.backends.mha.get_fastpath_enabled() is fast_path
+
+
+def test_an_error_of_the_callable_comes_through_and_leaves_no_trace(fast_path):
     with pytest.raises(ZeroDivisionError):
         count_flops(lambda: 1 / 0)
-    assert torch.backends.mha.get_fastpath_enabled() == was_enabled
+    assert torch.backends.mha.get_fastpath_enabled() is fast_path
     assert count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 60

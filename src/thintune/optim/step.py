@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,15 @@ from torch import Tensor, nn
 from thintune.linalg import orthonormalize, warm_subspace_step
 from thintune.nn import FactorLinear, SubspaceLinear, TuckerCompressor
 
+_ADAPTIVE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+)
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 
@@ -31,7 +41,10 @@ class ThinStep:
         model: holds the thin layers; all their parameters must belong to `optimizer`.
         optimizer: any torch optimizer.
         refresh_every: steps between two moves of the activation bases.
-        update_scale: factor on every update of a `SubspaceLinear`.
+        update_scale: factor on every update of a `SubspaceLinear`, beside the one that makes a learning rate mean the
+            same as for the dense weight: an adaptive optimizer moves every coordinate by about the rate, so a step
+            in r coordinates instead of I is shorter by sqrt(r / I) and is lengthened by its inverse. A step of plain
+            gradient descent needs no such factor.
     """
 
     def __init__(
@@ -40,6 +53,7 @@ class ThinStep:
         self.steps = 0
         self.refresh_every = refresh_every
         self.update_scale = update_scale
+        self._adaptive = isinstance(optimizer, _ADAPTIVE)
         self._optimizer = optimizer
         modules = list(model.modules())
         self._subspace = [m for m in modules if isinstance(m, SubspaceLinear)]
@@ -96,8 +110,10 @@ class ThinStep:
         decay = float(group.get("lr", 0.0)) * float(group.get("weight_decay", 0.0))
         if decay:
             layer.right.mul_(1 - decay)
-        if self.update_scale != 1.0:
-            layer.update.mul_(self.update_scale)
+        scale = self.update_scale
+        if self._adaptive:
+            scale *= math.sqrt(layer.in_features / layer.update.shape[1])
+        layer.update.mul_(scale)
         left, right = warm_subspace_step(layer.left, layer.right, layer.update, layer.basis)
         layer.left.copy_(left)
         layer.right.copy_(right)
