@@ -67,7 +67,7 @@ def thin_parameter_bytes(
 def subspace_state_bytes(
     in_features: int, out_features: int, activation_rank: int, element_bytes: int = FLOAT_BYTES
 ) -> int:
-    """r (O + I) values: update and basis, which a subspace layer has besides its factors while it trains."""
+    """R (O + I) values: update and basis, which a subspace layer has besides its factors while it trains."""
     return activation_rank * (out_features + in_features) * element_bytes
 
 

@@ -1,0 +1,112 @@
+"""One optimizer step and one inference pass, dense against thin, alternating in one process.
+
+DINOv2 ViT-S/14 at 56 pixels, batch 128, AdamW. Writes medians, quartiles and every single time to
+benchmarks/results/step_time.json.
+
+    python benchmarks/step_time/run.py --backbone runs/dinov2_vits14.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thintune.config import DataConfig, ModelConfig, RunConfig, ThinConfig, TrainConfig
+from thintune.measure import count_flops, interleave, median_and_iqr
+from thintune.optim import ThinStep, build_optimizer
+from thintune.train.prepare import build, load_data
+
+RESULT = Path(__file__).parent.parent / "results" / "step_time.json"
+ROWS = {
+    "dense": ("dense", None),
+    "thin-0.6": ("thin", ThinConfig(kept=0.6)),
+    "thin-0.4": ("thin", ThinConfig(kept=0.4)),
+    "wasi-0.8": ("wasi", ThinConfig(explained_variance=0.8)),
+}
+
+
+def training_step(model: nn.Module, config: RunConfig, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """A callable that does one optimizer step."""
+    optimizer = build_optimizer(model, config.train)
+    ThinStep(model, optimizer, refresh_every=config.thin.refresh_every)
+
+    def step() -> None:
+        model.train()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def inference(model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """A callable that does one forward pass without gradients."""
+
+    def run() -> None:
+        model.eval()
+        with torch.no_grad():
+            model(images)
+
+    return run
+
+
+def main() -> None:
+    """Times all rows and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", required=True, help="safetensors file of the DINOv2 script")
+    parser.add_argument("--repeats", type=int, default=10, help="rounds; every row once a round")
+    arguments = parser.parse_args()
+    data = DataConfig(name="fashion-mnist", image_size=56, train_limit=512)
+    base = RunConfig(method="dense", model=ModelConfig(checkpoint=arguments.backbone), data=data, train=TrainConfig())
+    splits = load_data(base.model, base.data)
+    images, labels = splits.train.images(torch.arange(128)), splits.train.labels[:128]
+    steps, passes, flops, kept = {}, {}, {}, {}
+    for name, (method, thin) in ROWS.items():
+        config = dataclasses.replace(base, method=method, thin=thin or ThinConfig())
+        model, report = build(config, splits)
+        steps[name] = training_step(model, config, images, labels)
+        passes[name] = inference(model, images)
+        flops[name] = count_flops(steps[name])
+        kept[name] = 1.0 if report is None else report.kept_weight_fraction
+    times = {"step_s": interleave(steps, arguments.repeats, 1), "inference_s": interleave(passes, arguments.repeats, 1)}
+    rows = {
+        name: {
+            "kept_weight_fraction": kept[name],
+            "flops_per_step": flops[name],
+            **{
+                f"{kind}_{part}": value
+                for kind, found in times.items()
+                for part, value in zip(("median", "iqr"), median_and_iqr(found[name]), strict=True)
+            },
+            **{kind: found[name] for kind, found in times.items()},
+        }
+        for name in ROWS
+    }
+    document = {
+        "command": "python benchmarks/step_time/run.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "batch_size": 128,
+        "image_size": 56,
+        "seed": base.train.seed,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "rows": rows,
+    }
+    RESULT.write_text(json.dumps(document, indent=2) + "\n")
+    for name, row in rows.items():
+        print(f"{name}: step {row['step_s_median']:.3f} s, inference {row['inference_s_median']:.3f} s")
+
+
+if __name__ == "__main__":
+    main()
