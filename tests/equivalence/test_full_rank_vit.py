@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thintune as tt
-from thintune.errors import ConversionError
 from thintune.nn import CompressedLinear, FactorLinear, SubspaceLinear, ThinLinear
 
 timm = pytest.importorskip("timm")
@@ -173,7 +172,12 @@ def test_a_merged_thin_model_has_the_thin_outputs_and_the_dense_names(dense):
     assert not any(isinstance(m, ThinLinear | CompressedLinear) for m in dense.modules())
 
 
-def test_a_swin_transformer_trains_through_inputs_of_four_axes():
+@pytest.mark.parametrize(
+    ("pattern", "rank", "axes"),
+    [("layers.0.*.fc?", 12, 3), ("layers.1.downsample.reduction", 24, 4)],
+)
+@pytest.mark.parametrize("method", ["thin", "asi"])
+def test_a_swin_transformer_trains_through_windows_and_images(method, pattern, rank, axes):
     torch.manual_seed(0)
     swin = timm.create_model(
         "swin_tiny_patch4_window7_224",
@@ -182,20 +186,19 @@ def test_a_swin_transformer_trains_through_inputs_of_four_axes():
         embed_dim=12,
         depths=(2, 1),
         num_heads=(2, 3),
+        drop_path_rate=0.0,
     ).double()
     dense = copy.deepcopy(swin)
-    config = tt.ThinConfig(rank=24, activation_rank=10_000, include_modules=("*.fc1", "*.fc2"))
-    with pytest.raises(ConversionError, match=r"layers.0.blocks.0.mlp.fc1: rank 24 exceeds"):
-        tt.convert_(swin, config, calibration=[images(1)])
-    config = tt.ThinConfig(rank=12, activation_rank=10_000, include_modules=("layers.0.*.fc?",))
-    shapes: set[int] = set()
-    swin.layers[0].blocks[0].mlp.fc1.register_forward_pre_hook(lambda _, args: shapes.add(args[0].ndim))
-    report = tt.convert_(swin, config, calibration=[images(1)])
-    assert len(report.converted) == 4
+    config = tt.ThinConfig(
+        rank=rank, activation_rank=10_000, activation_explained_variance=1.0, include_modules=(pattern,)
+    )
+    report = tt.convert_(swin, config, method=method, calibration=[images(1)])
+    seen: set[int] = set()
+    for layer in report.converted:
+        swin.get_submodule(layer.name).register_forward_pre_hook(lambda _, args: seen.add(args[0].ndim))
     x = images(2)
     assert (backward(swin, x) - backward(dense, x)).abs().max() < 1e-9
     found, expected = dense_gradients(swin), {n: p.grad for n, p in dense.named_parameters()}
+    assert found.keys() == expected.keys()
     assert all((found[name] - grad).abs().max() < 1e-9 for name, grad in expected.items())
-    assert shapes == {4}
-
-
+    assert seen == {axes}

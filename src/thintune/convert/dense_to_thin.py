@@ -138,6 +138,7 @@ def _convert_thin(
         for group in groups(layers):
             for name, seen in moments(model, group, batches).items():
                 found[name] = output_spectrum(layers[name].weight, _spread(layers[name], seen))
+                del seen  # the next pass needs the room
         return found
 
     ranks = choose_ranks(layers, spectra, config, cap=config.rank is None)
@@ -161,6 +162,7 @@ def _convert_thin(
             thin.start_(basis)
             _replace(model, layer, thin)
             yield name, thin, ranks[name], (thin.basis.shape[1],)
+            del layer, seen  # the next pass needs the room
 
 
 def _spread(layer: nn.Linear, seen: Moments) -> Tensor:

@@ -44,8 +44,8 @@ def warm_subspace_step(left: Tensor, right: Tensor, step: Tensor, basis: Tensor)
         left' = orth(left + step (basis.T moved.T) (right moved.T)^-1)
         right' = (left'.T left) right + (left'.T step) basis.T
 
-    so that left' turns as little as it must and quantities stored in the old basis stay meaningful. Costs about
-    2 K^2 (2 O + I) + 4 K r (O + I) FLOPs and scratch of K (O + I).
+    so that left' turns as little as it must and quantities stored in the old basis stay meaningful. Its products cost
+    6 K r (O + I) + 2 K^2 (2 I + 3 O) FLOPs; scratch is K (O + I).
 
     Args:
         left: (O, K), orthonormal columns.
@@ -87,6 +87,9 @@ def orthonormalize_near(matrix: Tensor) -> Tensor:
 
 def _solve_right(numerator: Tensor, gram: Tensor) -> Tensor:
     """Returns numerator @ inverse(gram), regularised where the gram matrix is singular to working precision."""
+    found, info = torch.linalg.solve_ex(gram, numerator, left=False)
+    if not int(info) and bool(torch.isfinite(found).all()):
+        return found
     scale = gram.diagonal().abs().max().clamp_min(torch.finfo(gram.dtype).tiny)
     ridge = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (scale * 1e-13)
     return torch.linalg.solve(gram + ridge, numerator, left=False)

@@ -63,9 +63,9 @@ class ThinLinear(nn.Module):
         if self.bias is not None and bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Maps (..., I) to (..., O)."""
-        return F.linear(F.linear(x, self.right), self.left, self.bias)
+        return F.linear(F.linear(input, self.right), self.left, self.bias)
 
     def training_only(self) -> set[str]:
         """Names of the tensors that inference does not need."""
@@ -131,13 +131,13 @@ class SubspaceLinear(ThinLinear):
         self.basis = basis.to(self.left.dtype)
         self.update = nn.Parameter(basis.new_zeros(self.out_features, basis.shape[1], dtype=self.left.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Maps (..., I) to (..., O)."""
         if not (torch.is_grad_enabled() and self.update.requires_grad):
-            return super().forward(x)
+            return super().forward(input)
         if self.capturing:
-            self._capture(x)
-        return ops.subspace_linear(x, self.left, self.right, self.bias, self.update, self.basis)
+            self._capture(input)
+        return ops.subspace_linear(input, self.left, self.right, self.bias, self.update, self.basis)
 
     @torch.no_grad()
     def _capture(self, x: Tensor) -> None:
@@ -193,14 +193,14 @@ class FactorLinear(ThinLinear):
         super().__init__(in_features, out_features, rank, bias, device=device, dtype=dtype)
         self.compressor = compressor
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Maps (..., I) to (..., O)."""
         if not (torch.is_grad_enabled() and self.left.requires_grad):
-            return super().forward(x)
+            return super().forward(input)
         if self.compressor is None:
-            return ops.factor_linear(x, self.left, self.right, self.bias)
-        core, factors = self.compressor(x)
-        return ops.factor_linear(x, self.left, self.right, self.bias, core, factors)
+            return ops.factor_linear(input, self.left, self.right, self.bias)
+        core, factors = self.compressor(input)
+        return ops.factor_linear(input, self.left, self.right, self.bias, core, factors)
 
     def training_only(self) -> set[str]:
         """Names of the tensors that inference does not need."""

@@ -29,7 +29,7 @@ class Row:
     ranks: tuple[int, ...]
     saved_bytes: int
     perplexity: float
-    """Frobenius norm of the weight gradient's error."""
+    """Frobenius norm of the weight gradient's error; larger ranks mostly, but not always, make it smaller."""
 
 
 def pseudo_label_loss(output: Tensor) -> Tensor:

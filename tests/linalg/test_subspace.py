@@ -1,0 +1,94 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thintune.linalg import (
+    orthonormalize,
+    subspace_iteration,
+    truncated_svd,
+    warm_subspace_step,
+    warm_subspace_step_reference,
+)
+
+
+def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def naive_iteration(weight, left):
+    """The fault: the new basis is paired with coordinates taken in the old one."""
+    right = left.T @ weight
+    new, _ = torch.linalg.qr(weight @ (weight.T @ left))
+    return new, right
+
+
+def test_the_factor_lives_in_the_new_basis_while_a_naive_version_flips_signs():
+    weight = matrix(12, 9, 3)
+    left, right = truncated_svd(weight, rank=5)
+    best = (left @ right - weight).norm() / weight.norm()
+    naive_left, worst = left, 0.0
+    for _ in range(4):
+        left, right = subspace_iteration(weight, left)
+        assert abs((left @ right - weight).norm() / weight.norm() - best) < 1e-10
+        naive_left, naive_right = naive_iteration(weight, naive_left)
+        worst = max(worst, float((naive_left @ naive_right - weight).norm() / weight.norm()))
+    assert worst > 1.0
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.integers(1, 5),
+    st.integers(0, 99),
+    st.sampled_from([0, 1e-3, 0.3, 3.0]),
+    st.data(),
+)
+@settings(deadline=None, max_examples=120)
+def test_the_exact_step_equals_forming_the_weight_and_iterating_once(rows, columns, r, seed, size, data):
+    rank = data.draw(st.integers(1, min(rows, columns)))
+    left, right = truncated_svd(matrix(rows, columns, seed), rank=rank)
+    basis = orthonormalize(matrix(columns, min(r, columns), seed + 1))
+    step = size * matrix(rows, basis.shape[1], seed + 2)
+    new_left, new_right = warm_subspace_step(left, right, step, basis)
+    expected_left, expected_right = warm_subspace_step_reference(left, right, step, basis)
+    expected = expected_left @ expected_right
+    assert (new_left.T @ new_left - torch.eye(rank)).abs().max() < 1e-10
+    assert (new_left @ new_right - expected).abs().max() < 1e-10 * max(1.0, float(expected.abs().max())) * condition(
+        left, right, step, basis
+    )
+
+
+def condition(left, right, step, basis) -> float:
+    """How much the iteration itself magnifies rounding: that of the matrix it orthonormalises."""
+    weight = left @ right + step @ basis.T
+    return max(1.0, float(torch.linalg.cond(weight @ (weight.T @ left))) * 1e-4)
+
+
+def test_a_zero_step_changes_nothing():
+    left, right = truncated_svd(matrix(11, 7, 0), rank=3)
+    new_left, new_right = warm_subspace_step(
+        left, right, torch.zeros(11, 2, dtype=torch.float64), torch.eye(7, 2).double()
+    )
+    assert (new_left - left).abs().max() < 1e-12 and (new_right - right).abs().max() < 1e-12
+
+
+def test_a_small_step_keeps_its_tangent_part():
+    weight = matrix(13, 8, 1)
+    left, right = truncated_svd(weight, rank=4)
+    basis = orthonormalize(matrix(8, 3, 2))
+    step = 1e-6 * matrix(13, 3, 3)
+    new_left, new_right = warm_subspace_step(left, right, step, basis)
+    d = step @ basis.T
+    v = orthonormalize(right.T)
+    tangent = left @ (left.T @ d) + (d @ v) @ v.T - left @ (left.T @ d @ v) @ v.T
+    assert (new_left @ new_right - left @ right - tangent).norm() < 1e-4 * tangent.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_basis_stays_orthonormal_over_many_steps(dtype):
+    left, right = (t.to(dtype) for t in truncated_svd(matrix(20, 15, 5), rank=6))
+    basis = orthonormalize(matrix(15, 4, 6)).to(dtype)
+    for i in range(300):
+        left, right = warm_subspace_step(left, right, 0.01 * matrix(20, 4, i).to(dtype), basis)
+    assert (left.T @ left - torch.eye(6, dtype=dtype)).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12)

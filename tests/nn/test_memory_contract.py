@@ -1,0 +1,107 @@
+"""Nothing of size O x I is allocated in training, and what is saved is what the formula says."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from thintune.measure import SavedActivations
+from thintune.nn import FactorLinear, SubspaceLinear, TuckerCompressor
+from thintune.optim import ThinStep
+
+B, N, I, O, K, R = 2, 5, 90, 110, 4, 3  # noqa: E741 - the letters of the equations
+RANKS = (2, 3, 3)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def make(kind):
+    torch.manual_seed(0)
+    if kind == "subspace":
+        layer = SubspaceLinear(I, O, K, activation_rank=R)
+        layer.start_(torch.linalg.qr(torch.randn(I, R))[0])
+    elif kind == "factor":
+        layer = FactorLinear(I, O, K)
+    elif kind == "tucker":
+        layer = FactorLinear(I, O, K, compressor=TuckerCompressor((B, N, I), RANKS))
+    else:
+        return nn.Linear(I, O)
+    layer.set_(torch.linalg.qr(torch.randn(O, K))[0], torch.randn(K, I), torch.zeros(O))
+    return layer
+
+
+def train(layer, optimizer, x):
+    layer(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["subspace", "factor", "tucker"])
+@pytest.mark.parametrize("kind_of_optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_no_operation_of_a_training_step_returns_anything_of_size_o_times_i(kind, kind_of_optimizer):
+    layer = make(kind)
+    optimizer = kind_of_optimizer([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
+    ThinStep(layer, optimizer, refresh_every=2)
+    with Largest() as watch:
+        for _ in range(4):
+            train(layer, optimizer, torch.randn(B, N, I))
+    assert 0 < watch.numel < O * I / 2
+
+
+def test_the_watch_sees_a_dense_layer():
+    layer = make("dense")
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    with Largest() as watch:
+        train(layer, optimizer, torch.randn(B, N, I))
+    assert watch.numel >= O * I
+
+
+@pytest.mark.parametrize(
+    ("kind", "elements"),
+    [
+        ("subspace", B * N * R),
+        ("factor", B * N * I),
+        ("tucker", 2 * 3 * 3 + B * 2 + N * 3 + I * 3),
+        ("dense", B * N * I),
+    ],
+)
+def test_saved_bytes_equal_the_formula(kind, elements):
+    layer = make(kind)
+    x = torch.randn(B, N, I)
+    with SavedActivations(exclude=layer) as saved:
+        y = layer(x)
+        assert saved.bytes == 4 * elements
+    assert y.shape == (B, N, O)
+
+
+@pytest.mark.parametrize("kind", ["subspace", "factor", "tucker"])
+def test_nothing_grows_over_fifty_steps(kind):
+    layer = make(kind)
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
+    ThinStep(layer, optimizer, refresh_every=5)
+
+    def live():
+        gc.collect()
+        return sum(o.numel() for o in gc.get_objects() if isinstance(o, torch.Tensor))
+
+    counts = []
+    for i in range(50):
+        train(layer, optimizer, torch.randn(B, N, I))
+        if i in (9, 49):
+            counts.append(live())
+    assert counts[0] == counts[1]
