@@ -98,7 +98,7 @@ class ModelConfig:
     pretrained: bool = False
     """Download the pre-trained weights of the name (needs internet)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of timm.create_model, as `--model.options '{"depth": 4}'`."""
+    """Further arguments of timm.create_model, as a JSON object: {"depth": 4}."""
 
     def __post_init__(self) -> None:
         _require(

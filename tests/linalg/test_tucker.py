@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -73,7 +75,7 @@ def test_ranks_by_explained_variance_grow_with_it():
     x = smooth((7, 8, 6))
     shares = (0.5, 0.9, 0.999, 1.0)
     ranks = [mode_ranks(x, share) for share in shares]
-    assert all(a <= b for less, more in zip(ranks, ranks[1:], strict=False) for a, b in zip(less, more, strict=True))
+    assert all(a <= b for less, more in itertools.pairwise(ranks) for a, b in zip(less, more, strict=True))
     assert ranks[0] == (1, 1, 1)
     with pytest.raises(ConfigError):
         mode_ranks(x, 0.0)

@@ -135,6 +135,17 @@ def moments(model: nn.Module, layers: dict[str, nn.Linear], batches: Sequence[An
     return {name: found for name, found in seen.items() if found.count}
 
 
+def rows_seen(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequence[Any]) -> dict[str, int]:
+    """Rows that each layer's input has over all batches; a layer that is never called is missing."""
+    rows: dict[str, int] = {}
+
+    def visit(name: str, x: Tensor) -> None:
+        rows[name] = rows.get(name, 0) + x[..., 0].numel()
+
+    observe(model, dict(layers), batches, visit)
+    return rows
+
+
 def groups(layers: dict[str, nn.Linear], limit_bytes: int = 64 << 20) -> Iterator[dict[str, nn.Linear]]:
     """Cuts the layers, in order, into runs whose second moments fit in `limit_bytes` (at least one layer each)."""
     group: dict[str, nn.Linear] = {}

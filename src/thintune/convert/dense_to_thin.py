@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from thintune.config import METHODS, Method, ThinConfig
 from thintune.convert.activations import tucker_compressors
-from thintune.convert.calibration import Moments, blocks, checked_batches, groups, moments
+from thintune.convert.calibration import Moments, blocks, checked_batches, groups, moments, rows_seen
 from thintune.convert.ranks import choose_ranks
 from thintune.convert.report import ConversionReport, LayerReport
 from thintune.convert.selection import freeze_as_, replace_, select, trains
@@ -142,6 +142,7 @@ def _convert_thin(
         return found
 
     ranks = choose_ranks(layers, spectra, config, cap=config.rank is None)
+    _check_rows(rows_seen(model, {n: layers[n] for n in ranks}, batches), layers, ranks)
     plan = [list(group) for block in blocks(layers) for group in groups(block)]
     for names in plan:
         group = {name: layers[name] for name in names if name in ranks}
@@ -163,6 +164,18 @@ def _convert_thin(
             _replace(model, layer, thin)
             yield name, thin, ranks[name], (thin.basis.shape[1],)
             del layer, seen  # the next pass needs the room
+
+
+def _check_rows(rows: Mapping[str, int], layers: Mapping[str, nn.Linear], ranks: Mapping[str, int]) -> None:
+    """Raises ConversionError naming the truncated layers whose calibration rows cannot determine as many directions."""
+    limits = {n: min(layers[n].out_features, layers[n].in_features) for n in rows}
+    short = [f"{n}: {rows[n]} rows for rank {ranks[n]}" for n in rows if rows[n] < ranks[n] < limits[n]]
+    if short:
+        more = f" (and {len(short) - 3} more)" if len(short) > 3 else ""
+        raise ConversionError(
+            f"calibration: expected at least as many rows (images x tokens) as a layer's rank, got "
+            f"{'; '.join(short[:3])}{more}; give more calibration images or ask for a smaller rank."
+        )
 
 
 def _spread(layer: nn.Linear, seen: Moments) -> Tensor:

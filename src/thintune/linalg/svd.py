@@ -58,4 +58,4 @@ def truncated_svd(
     if rank is None:
         assert explained_variance is not None
         rank = rank_for_explained_variance(s.square(), explained_variance)
-    return u[:, :rank].contiguous(), s[:rank, None] * vh[:rank]
+    return u[:, :rank].contiguous(), (s[:rank, None] * vh[:rank]).contiguous()

@@ -20,8 +20,12 @@ def rss_bytes() -> int | None:
 
 
 def peak_rss_bytes() -> int | None:
-    """Returns the peak of the resident memory since start or reset in bytes (VmHWM), `None` if unknown."""
-    return _status_bytes("VmHWM")
+    """Returns the peak of the resident memory since start or reset in bytes (VmHWM), `None` if unknown.
+
+    The kernel brings the mark up to date only now and then, so what is resident now may be above it.
+    """
+    peak, current = _status_bytes("VmHWM"), rss_bytes()
+    return peak if peak is None or current is None else max(peak, current)
 
 
 def reset_peak_rss() -> bool:

@@ -58,6 +58,7 @@ class ThinLinear(nn.Module):
     @torch.no_grad()
     def set_(self, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
         """Takes over factors and bias without copying them."""
+        left, right = left.contiguous(), right.contiguous()  # as a checkpoint gives them back: the same kernels run
         self.left = nn.Parameter(left, requires_grad=self.left.requires_grad)
         self.right = nn.Parameter(right, requires_grad=self.right.requires_grad)
         if self.bias is not None and bias is not None:

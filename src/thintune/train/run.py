@@ -251,6 +251,7 @@ class _Run:
         record = self.record
         record.peak_rss_bytes = peak_rss_bytes()
         if record.peak_rss_bytes is not None and record.baseline_rss_bytes is not None:
+            record.peak_rss_bytes = max(record.peak_rss_bytes, record.baseline_rss_bytes)
             record.peak_above_baseline_bytes = record.peak_rss_bytes - record.baseline_rss_bytes
         record.duration_s = round(time.perf_counter() - self.began, 3)
         write_text(self.out / RECORD, record.to_json())
