@@ -19,6 +19,9 @@ commands:
 Exit codes: 0 done, 2 bad input or a failed run (one line says why), 130 interrupted (the state is saved)."""
 
 
+_OUT_OF_MEMORY = "out of memory; lower train.micro_batch or thin.kept."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -45,11 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ThintuneError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
+        print("thintune: interrupted", file=sys.stderr)
         return 130
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else 2
     except MemoryError:
-        return _fail("out of memory; lower train.micro_batch or thin.kept.")
+        return _fail(_OUT_OF_MEMORY)
+    except RuntimeError as error:  # what torch raises, on a CPU and on a GPU
+        if not any(words in str(error) for words in ("can't allocate memory", "out of memory")):
+            raise
+        return _fail(_OUT_OF_MEMORY)
 
 
 def _fail(message: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
@@ -41,6 +41,13 @@ class Parser(ArgumentParser):
         print(f"thintune: error: {text}", file=sys.stderr)
         raise SystemExit(2)
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parses; a file that is no text is a mistake like any other."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"--config: expected a YAML file, got one that is no text: {error}.")
+
     def flags(self) -> list[str]:
         """Every long flag of this command."""
         return [s for action in self._actions for s in action.option_strings if s.startswith("--")]
@@ -59,8 +66,12 @@ def explain(text: str, flags: list[str]) -> str:
     if found := re.search(r'key "([\w.]+)": Expected a (.*?)\. Got value: (.*)', text):
         name, expected, value = found.groups()
         known = re.findall(r"'([^']+)'", expected) if "Literal" in expected else []
+        expected = "a list, as [blocks, head]" if "tuple" in expected else expected
         wanted = f"one of {', '.join(known)}" if known else re.sub(r"<class '(\w+)'>", r"\1", expected)
         return f"--{name}: expected {wanted}, got {value!r}.{nearest(value, known)}"
+    if found := re.search(r"Option '([\w.]+)' is not accepted", text):
+        word = found.group(1)
+        return f"{word}: unknown configuration key.{nearest(word, [flag.lstrip('-') for flag in flags])}"
     if found := re.search(r"Group '([\w.]+)' does not accept option '(\w+)'", text):
         word = ".".join(found.groups())
         return f"{word}: unknown configuration key.{nearest(word, [flag.lstrip('-') for flag in flags])}"

@@ -87,9 +87,24 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     """
     stored = read_tensors(Path(folder), _STEM)
     found = stored.document.get("format"), stored.document.get("version")
-    if found != (FORMAT, VERSION) or not isinstance(stored.document.get("thin_layers"), dict):
+    if found != (FORMAT, VERSION):
         raise CheckpointError(f"{folder}: expected format {FORMAT!r} version {VERSION}, got {found[0]!r} {found[1]!r}.")
+    for part in ("thin_layers", "info"):
+        if not isinstance(stored.document.get(part), dict):
+            raise CheckpointError(f"{folder}: expected the entry {part!r} with a JSON object.")
+    for name, spec in stored.document["thin_layers"].items():
+        if not _is_layer(spec):
+            raise CheckpointError(
+                f"{folder}: {name}: expected in_features, out_features, rank and bias of a layer, got {spec}."
+            )
     return Checkpoint(stored)
+
+
+def _is_layer(spec: Any) -> bool:
+    if not isinstance(spec, dict) or spec.keys() != {"in_features", "out_features", "rank", "bias"}:
+        return False
+    o, i, k = spec["out_features"], spec["in_features"], spec["rank"]
+    return all(type(n) is int for n in (o, i, k)) and 1 <= k <= min(o, i) and type(spec["bias"]) is bool
 
 
 def load_checkpoint_(model: nn.Module, folder: str | Path | Checkpoint) -> nn.Module:
@@ -115,7 +130,7 @@ def load_checkpoint_(model: nn.Module, folder: str | Path | Checkpoint) -> nn.Mo
         thin = ThinLinear(**spec, device="meta", dtype=tensors[f"{name}.left"].dtype)
         thin.train(model.get_submodule(name).training)
         setattr(model.get_submodule(parent), child, thin)
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(tensors, strict=False, assign=True)  # checked; what only training needs is not in the file
     return model
 
 
@@ -132,6 +147,8 @@ def _check(model: nn.Module, checkpoint: Checkpoint, tensors: Mapping[str, Tenso
         o, i, k = (spec[key] for key in ("out_features", "in_features", "rank"))
         if (module.out_features, module.in_features) != (o, i):
             problems.append(f"{name}: {o} x {i} in the file, {module.out_features} x {module.in_features} in the model")
+        if (module.bias is not None) != spec["bias"]:
+            problems.append(f"{name}: {'a' if spec['bias'] else 'no'} bias in the file, not so in the model")
         for part in ("weight", "left", "right"):
             expected.pop(f"{name}.{part}", None)
         expected |= {f"{name}.left": (o, k), f"{name}.right": (k, i)}

@@ -29,6 +29,8 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -42,25 +44,34 @@ class StoredTensors:
     path: Path
 
     def load(self, device: str = "cpu") -> dict[str, Tensor]:
-        """Reads every tensor into memory of its own, aligned as torch aligns, so that results do not depend on it."""
-        from safetensors import safe_open
+        """Reads every tensor into memory of its own, aligned as torch aligns, so that results do not depend on it.
 
-        with safe_open(self.path, framework="pt", device=device) as stream:
-            return {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118 - not a mapping
+        Raises:
+            CheckpointError: no safetensors file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, framework="pt", device=device) as stream:
+                return {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: expected a safetensors file: {error}.") from error
 
 
 def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
-    """Writes `FOLDER/STEM-CHECKSUM.safetensors` and `FOLDER/STEM.json`, then removes the pair before.
+    """Writes `FOLDER/STEM-CHECKSUM.safetensors` and `FOLDER/STEM.json`, then removes the pair before and any leftovers.
 
     Tensors are streamed to the file one at a time; no second copy of the whole is held.
 
     Raises:
         OutputError: the file system refused; the pair before is as it was.
+        CheckpointError: a tensor of a kind that cannot be stored; nothing was written.
     """
+    header = _header(tensors)
     prepare_directory(folder)
     temporary = folder / f".{stem}.{os.getpid()}.tmp"
     try:
-        digest = _stream(temporary, tensors)
+        digest = _stream(temporary, header, tensors)
         path = folder / f"{stem}-{digest[:16]}.safetensors"
         size = temporary.stat().st_size
         os.replace(temporary, path)
@@ -71,25 +82,44 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], docume
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     described = {**document, "tensors": {"file": path.name, "sha256": digest, "bytes": size}}
-    write_text(folder / f"{stem}.json", json.dumps(described, indent=2) + "\n")
-    for other in folder.glob(f"{stem}-*.safetensors"):
-        if other.name != path.name:
-            other.unlink(missing_ok=True)
+    try:
+        write_text(folder / f"{stem}.json", json.dumps(described, indent=2) + "\n")
+    finally:
+        _remove_leftovers(folder, stem)
 
 
-def _stream(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Writes a safetensors file tensor by tensor; returns its SHA-256."""
+def _remove_leftovers(folder: Path, stem: str) -> None:
+    """Removes every file of the stem but the pair that the JSON file names: older ones, and those of killed writers."""
+    try:
+        named = read_document(folder / f"{stem}.json")["tensors"]["file"]
+    except (CheckpointError, KeyError, TypeError):
+        named = None
+    for other in [*folder.glob(f"{stem}-*.safetensors"), *folder.glob(f".{stem}.*tmp")]:
+        if other.name != named:
+            with contextlib.suppress(OSError):  # a leftover takes room and harms nothing
+                other.unlink(missing_ok=True)
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """The header of a safetensors file, padded to 8 bytes."""
     header: dict[str, Any] = {}
     offset = 0
     for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES or tensor.is_meta:
+            kind = "a tensor without values (meta device)" if tensor.is_meta else str(tensor.dtype)
+            raise CheckpointError(f"{name}: expected values of a kind that safetensors files hold, got {kind}.")
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    return text + b" " * (-len(text) % 8)
+
+
+def _stream(path: Path, header: bytes, tensors: Mapping[str, Tensor]) -> str:
+    """Writes a safetensors file tensor by tensor; returns its SHA-256."""
     checksum = hashlib.sha256()
     with open(path, "wb") as stream:
-        for chunk in _chunks(text, tensors.values()):
+        for chunk in _chunks(header, tensors.values()):
             checksum.update(chunk)
             stream.write(chunk)
         stream.flush()
@@ -119,13 +149,16 @@ def read_tensors(folder: Path, stem: str) -> StoredTensors:
     path = folder / Path(str(described["file"])).name
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {stem}.json names it.")
-    size = path.stat().st_size
-    if size != described["bytes"]:
-        raise CheckpointError(
-            f"{path}: expected {described['bytes']} bytes, found {size}; the file is truncated or damaged."
-        )
-    with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        size = path.stat().st_size
+        if size != described["bytes"]:
+            raise CheckpointError(
+                f"{path}: expected {described['bytes']} bytes, found {size}; the file is truncated or damaged."
+            )
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be read: {error.strerror or error}.") from error
     if digest != described["sha256"]:
         raise CheckpointError(f"{path}: wrong checksum: expected {described['sha256']}, found {digest}.")
     return StoredTensors(document, path)

@@ -82,7 +82,8 @@ class Loop:
             now, index = divmod(self.progress.step, self.steps_per_epoch)
             if now != epoch:
                 epoch, batches = now, epoch_batches(len(self.split), self.config.batch_size, self.config.seed, now)
-                self.progress.epoch_losses = []
+                if index == 0:  # a run taken up inside an epoch keeps what it had
+                    self.progress.epoch_losses = []
             self._timed_step(batches[index])
             if not after_step(self.progress):
                 return self.progress.step >= self.steps
@@ -118,10 +119,11 @@ class Loop:
                 self._diverged("loss", value, images)
             loss.backward()
             total += value
-        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
-        if not math.isfinite(norm):
-            self._diverged("gradient norm", norm, None)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if not math.isfinite(float(norm)):
+            self._diverged("gradient norm", float(norm), None)
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.loss = total
@@ -158,8 +160,8 @@ def first_non_finite_layer(model: nn.Module, images: Tensor) -> str:
 
         return after
 
-    leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
-    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
+    layers = [(n, m) for n, m in model.named_modules() if not any(m.children()) or any(m.parameters(recurse=False))]
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers]
     try:
         model(images)
     finally:

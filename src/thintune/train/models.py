@@ -70,15 +70,24 @@ def _create(config: ModelConfig, classes: int, image_size: int) -> nn.Module:
     name = config.name.removeprefix("timm:")
     if not timm.is_model(name.split(".")[0]):
         raise ConfigError(f"model.name: timm has no model {name!r}.{nearest(name, timm.list_models())}")
+    if "img_size" in config.options:
+        raise ConfigError("model.options: img_size is set by data.image_size; leave it out.")
     options = {"img_size": image_size, **config.options}
     try:
-        return timm.create_model(name, pretrained=config.pretrained, num_classes=classes, **options)
+        try:
+            model = timm.create_model(name, pretrained=config.pretrained, num_classes=classes, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            model = timm.create_model(name, pretrained=config.pretrained, num_classes=classes, **config.options)
     except TypeError as error:
-        if "img_size" not in str(error):
-            raise ConfigError(f"model.options: timm's {name} does not take them: {error}.") from error
-        return timm.create_model(name, pretrained=config.pretrained, num_classes=classes, **config.options)
+        raise ConfigError(f"model.options: timm's {name} does not take them: {error}.") from error
     except (AssertionError, ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"model {name}: could not be built with {options}: {_first_line(error)}") from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if isinstance(patch, tuple) and image_size < max(patch):
+        raise ConfigError(f"data.image_size: expected at least one patch of the model {patch}, got {image_size}.")
+    return model
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import os
 import platform
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from thintune.convert import ConversionReport
 from thintune.data import Splits
 from thintune.errors import ConfigError, DataError, ThintuneError
 from thintune.io import prepare_directory, save_checkpoint, write_text
+from thintune.io.checkpoint import meta_tensors
 from thintune.measure import median_and_iqr, peak_rss_bytes, release_free_memory, rss_bytes
 from thintune.optim import ThinStep, build_optimizer
 from thintune.records import RunRecord
@@ -117,8 +120,9 @@ class _Run:
                 self._execute(splits)
         except KeyboardInterrupt:
             self.record.status = "interrupted"
-        except ThintuneError as error:
-            self.record.status, self.record.error = "failed", str(error)
+        except Exception as error:
+            kind = "" if isinstance(error, ThintuneError) else f"{type(error).__name__}: "
+            self.record.status, self.record.error = "failed", f"{kind}{error}"
             with contextlib.suppress(ThintuneError):
                 self._write_record()
             raise
@@ -151,8 +155,10 @@ class _Run:
         self.record.parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.record.prepare_time_s = round(time.perf_counter() - self.began, 3)
         release_free_memory()
-        finished = self._steps(loop, model, optimizer)
-        self._note_progress(loop.progress)
+        try:
+            finished = self._steps(loop, model, optimizer)
+        finally:
+            self._note_progress(loop.progress)
         if not finished:
             self.record.status = "interrupted"
             return
@@ -176,6 +182,9 @@ class _Run:
         document = state.document
         model = rebuild(self.config, splits.classes, document["layers"])
         state.restore_model_(model)
+        if meta_tensors(model):  # buffers that are computed, not saved: build the model for real
+            model = rebuild(self.config, splits.classes, document["layers"], empty=False)
+            state.restore_model_(model)
         model.to(self.config.device)
         self.record.kept_weight_fraction = document["kept_weight_fraction"]
         self.record.head_val_accuracy = document["head_val_accuracy"]
@@ -201,15 +210,18 @@ class _Run:
 
         def after_step(progress: Progress) -> bool:
             self.display.step(progress)
-            if self.stopped or (every and progress.step % every == 0):
+            stopping = self.stopped  # asked once: a signal from here on waits for the next step
+            if stopping or (every and progress.step % every == 0):
                 save()
-            return not self.stopped
+            return not stopping
 
         self.display.start(loop.steps, loop.progress.step)
         self.stepping = True
         try:
             if every and loop.progress.step == 0:
                 save()
+            elif not (every or self.record.resumed):
+                shutil.rmtree(self.out / STATE, ignore_errors=True)  # an overwritten run must not be taken up
             return loop.run(after_step)
         finally:
             self.stepping = False
@@ -277,7 +289,7 @@ def _new_record(config: RunConfig, *, resumed: bool) -> RunRecord:
         threads=torch.get_num_threads(),
         device=config.device,
         versions=_versions(),
-        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=_command(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         git_commit=_git_commit(),
         config=to_dict(config),
@@ -292,20 +304,31 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _command() -> str:
+    """The command as a shell would take it again."""
+    program = Path(sys.argv[0]).name
+    return shlex.join([*(["python", "-m", "thintune"] if program == "__main__.py" else [program]), *sys.argv[1:]])
+
+
 def _git_commit() -> str | None:
-    """Commit of the source tree the package runs from, or None."""
+    """Commit of the source tree the package runs from, or None: a repository around site-packages is not meant."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )
-        return found.stdout.strip() or None
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") or None
     return None
+
+
+def _git(*words: str) -> str:
+    found = subprocess.run(
+        ["git", *words],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+    )
+    return found.stdout.strip()
 
 
 @contextlib.contextmanager
