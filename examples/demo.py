@@ -23,7 +23,7 @@ SETTINGS = [
     *("--model.checkpoint", str(MODEL)),
     *("--data.name", "digits"),
     *("--data.image_size", "28"),
-    *("--train.epochs", "8"),
+    *("--train.epochs", "5"),
     *("--train.batch_size", "64"),
     *("--train.learning_rate", "3e-4"),
 ]

@@ -1,6 +1,13 @@
 import json
+import os
 
 import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("ci", derandomize=True)  # a fresh draw on a developer's machine, the same one in CI
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 TINY = [
     *("--model.name", "timm:vit_tiny_patch16_224"),

@@ -33,7 +33,7 @@ def test_every_source_has_a_loader():
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(10, 90),
-    val_fraction=st.floats(0, 0.5),
+    val_fraction=st.floats(0, 0.4),
     val_limit=st.integers(1, 60),
     seed=st.integers(-(2**70), 2**70),
     share=st.floats(0.5, 1),
@@ -41,7 +41,8 @@ def test_every_source_has_a_loader():
 )
 def test_splits_are_disjoint_and_of_the_promised_sizes(*, n, val_fraction, val_limit, seed, share, limited):
     val_count = min(round(val_fraction * n), val_limit)
-    train_limit = max(4, int(share * (n - val_count))) if limited else None
+    # more than half of two balanced classes: both are there
+    train_limit = max(n // 2 + 1, int(share * (n - val_count))) if limited else None
     config = DataConfig(
         name="synthetic", image_size=3, synthetic_images=n, synthetic_classes=2, val_fraction=val_fraction,
         val_limit=val_limit, split_seed=seed, train_limit=train_limit,

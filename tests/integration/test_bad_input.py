@@ -1,6 +1,7 @@
 """Bad input gets one clear line and exit code 2, and leaves nothing half-written."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -23,9 +24,11 @@ def refused(thintune, tmp_path):
         folder = out or tmp_path / "out"
         code, output, err = thintune("train", *words, "--out", folder)
         lines = [line for line in err.strip().splitlines() if line.startswith("thintune: error: ")]
-        assert code == 2 and output == "" and len(lines) == 1 and err.strip().endswith(lines[0])
+        assert code == 2 and output == "" and err == lines[0] + "\n"
         left = [p.name for p in folder.iterdir()] if folder.is_dir() else []
         assert left in ([], ["record.json"])
+        if left:
+            assert json.loads((folder / "record.json").read_text())["status"] == "failed"
         return lines[0]
 
     return run

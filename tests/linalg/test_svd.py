@@ -64,6 +64,7 @@ def test_a_basis_is_orthonormal_spans_the_columns_and_moves_continuously(extra, 
     basis = orthonormalize(tall)
     assert (basis.T @ basis - torch.eye(columns)).abs().max() < 1e-12
     assert (tall - basis @ (basis.T @ tall)).abs().max() < 1e-11
+    assert (tall * basis).sum(0).min() > 0  # each column points the way of its own
     moved = orthonormalize(basis + 1e-6 * matrix(columns + extra, columns, seed + 1))
     assert (moved - basis).abs().max() < 1e-4  # no column changed its sign
 

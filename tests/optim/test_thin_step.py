@@ -13,16 +13,17 @@ from thintune.optim.step import tangent_gradient
 I, O = 6, 8  # noqa: E741 - the letters of the equations
 
 
-def subspace(rank=I, r=I, seed=0):
+def subspace(rank=I, r=I, seed=0, inputs=I, outputs=O):
     torch.manual_seed(seed)
-    layer = SubspaceLinear(I, O, rank, activation_rank=r).double()
-    layer.start_(orthonormalize(torch.randn(I, r).double()))
-    layer.set_(orthonormalize(torch.randn(O, rank).double()), torch.randn(rank, I).double(), torch.randn(O).double())
+    layer = SubspaceLinear(inputs, outputs, rank, activation_rank=r).double()
+    layer.start_(orthonormalize(torch.randn(inputs, r).double()))
+    right, bias = torch.randn(rank, inputs).double(), torch.randn(outputs).double()
+    layer.set_(orthonormalize(torch.randn(outputs, rank).double()), right, bias)
     return layer
 
 
 def dense_twin(layer):
-    twin = nn.Linear(I, O).double()
+    twin = nn.Linear(layer.in_features, layer.out_features).double()
     with torch.no_grad():
         twin.weight.copy_(layer.left @ layer.right)
         twin.bias.copy_(layer.bias)
@@ -38,15 +39,16 @@ def weight(layer):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_at_full_rank_sgd_equals_dense_sgd_also_across_a_basis_refresh(momentum):
-    layer = subspace()
+@pytest.mark.parametrize(("inputs", "outputs"), [(I, O), (O, I)])
+def test_at_full_rank_sgd_equals_dense_sgd_also_across_a_basis_refresh(momentum, inputs, outputs):
+    layer = subspace(rank=min(inputs, outputs), r=inputs, inputs=inputs, outputs=outputs)
     twin = dense_twin(layer)
     ours = torch.optim.SGD(parameters(layer), lr=0.05, momentum=momentum)
     theirs = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=momentum)
     step = ThinStep(layer, ours, refresh_every=3)
     first = layer.basis.clone()
     for i in range(10):
-        x = torch.randn(5, 3, I, generator=torch.Generator().manual_seed(i)).double()
+        x = torch.randn(5, 3, inputs, generator=torch.Generator().manual_seed(i)).double()
         for model, optimizer in ((layer, ours), (twin, theirs)):
             model(x).tanh().square().sum().backward()
             optimizer.step()
@@ -65,6 +67,9 @@ def test_micro_batches_add_up_exactly_and_the_norm_is_the_dense_one():
     twin = dense_twin(layer)
     twin(x).square().sum().backward()
     assert abs(whole.norm() - twin.weight.grad.norm()) < 1e-9 * whole.norm()
+    norms = [torch.nn.utils.clip_grad_norm_(parameters(model), 0.5) for model in (layer, twin)]
+    assert abs(norms[0] - norms[1]) < 1e-9 * norms[1]
+    assert (layer.update.grad @ layer.basis.T - twin.weight.grad).abs().max() < 1e-9
     layer.zero_grad()
     for part in x.split([3, 3, 1]):
         layer(part).square().sum().backward()
@@ -158,6 +163,42 @@ def test_a_compressor_starts_every_micro_batch_from_the_same_bases():
     assert compressor(x[:2])[0].shape[0] == 2  # a short last batch
 
 
+def test_a_step_takes_over_the_bases_of_its_last_micro_batch():
+    torch.manual_seed(5)
+    compressor = TuckerCompressor((3, 5, I), (2, 3, 3)).double()
+    layer = FactorLinear(I, O, 4, compressor=compressor).double()
+    layer.set_(orthonormalize(torch.randn(O, 4).double()), torch.randn(4, I).double(), torch.zeros(O).double())
+    compressor.start_(compressor(torch.randn(3, 5, I).double())[1])
+    optimizer = torch.optim.SGD(parameters(layer), lr=0.01)
+    ThinStep(layer, optimizer)
+    for _ in range(3):
+        before = compressor.factor2.clone()
+        for _ in range(2):
+            x = torch.randn(3, 5, I).double()
+            layer(x).square().sum().backward()
+            assert torch.equal(compressor.factor2, before)
+        expected = compressor(x)[1]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(compressor.factor1, expected[1]) and torch.equal(compressor.factor2, expected[2])
+        assert not torch.equal(compressor.factor2, before)
+
+
+def test_the_basis_moves_every_so_many_steps_and_at_no_other():
+    layer = subspace(rank=4, r=3)
+    optimizer = torch.optim.SGD(parameters(layer), lr=1e-3)
+    step = ThinStep(layer, optimizer, refresh_every=3)
+    step.restore_(1)
+    moved = []
+    for _ in range(6):
+        before = layer.basis.clone()
+        layer(torch.randn(20, I).double()).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append(not torch.equal(layer.basis, before))
+    assert moved == [False, True, False, False, True, False]
+
+
 def test_the_tangent_gradient_is_the_turning_part_of_the_dense_step():
     left, right, d = orthonormalize(torch.randn(O, 3).double()), torch.randn(3, I).double(), torch.randn(O, I).double()
     found = tangent_gradient(left, right, d @ right.T)
@@ -183,6 +224,59 @@ def test_a_factor_step_is_the_tangent_step_and_keeps_left_orthonormal():
     tangent = left @ (left.T @ d) + (d - left @ (left.T @ d)) @ v @ v.T
     assert ((weight(layer) - before) + rate * tangent).norm() < 1e-3 * rate * tangent.norm()
     assert (layer.left.T @ layer.left - torch.eye(3)).abs().max() < 1e-12
+
+
+def test_the_step_ends_with_the_product_that_the_optimizer_left():
+    torch.manual_seed(4)
+    layer = FactorLinear(I, O, 3).double()
+    layer.set_(orthonormalize(torch.randn(O, 3).double()), torch.randn(3, I).double(), torch.zeros(O).double())
+    optimizer = torch.optim.AdamW(parameters(layer), lr=0.3)
+    stepped = []
+    optimizer.register_step_post_hook(lambda *_: stepped.append((layer.left.detach().clone(), weight(layer))))
+    ThinStep(layer, optimizer)
+    for _ in range(5):
+        layer(torch.randn(20, I).double()).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for left, product in stepped[-1:]:
+        assert (left.T @ left - torch.eye(3)).abs().max() > 1e-2  # the optimizer itself does not keep it so
+        assert (weight(layer) - product).abs().max() < 1e-12 * product.abs().max() * 10
+    assert (layer.left.T @ layer.left - torch.eye(3)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["subspace", "factor", "tucker"])
+def test_a_zero_weight_learns(kind):
+    torch.manual_seed(3)
+    if kind == "subspace":
+        layer = subspace(rank=3, r=4)
+    else:
+        form = TuckerCompressor((6, 5, I), (2, 3, 3)) if kind == "tucker" else None
+        layer = FactorLinear(I, O, 3, compressor=form).double()
+    zeros = torch.zeros(3, I).double()
+    layer.set_(orthonormalize(torch.randn(O, 3).double()), zeros, torch.zeros(O).double())
+    optimizer = torch.optim.SGD(parameters(layer), lr=0.02)
+    ThinStep(layer, optimizer)
+    x = torch.randn(6, 5, I).double()
+    target, losses = x @ torch.randn(I, O).double(), []
+    for _ in range(40):
+        loss = (layer(x) - target).square().sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_layer_that_took_no_part_stays_as_it_was():
+    layers = nn.ModuleList([subspace(rank=4, r=3), subspace(rank=4, r=3, seed=1)])
+    optimizer = torch.optim.AdamW(parameters(layers), lr=0.1, weight_decay=0.5)
+    ThinStep(layers, optimizer, refresh_every=2)
+    before = {name: t.clone() for name, t in layers[1].state_dict().items()}
+    for _ in range(4):
+        layers[0](torch.randn(9, I).double()).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(t, before[name]) for name, t in layers[1].state_dict().items())
 
 
 def test_removed_hooks_leave_the_optimizer_plain():

@@ -83,7 +83,7 @@ def explain(text: str, flags: list[str]) -> str:
 
 def train_parser() -> Parser:
     """Parser of `thintune train`."""
-    parser = Parser(prog="thintune train", description=TRAIN_HELP, formatter_class=_Formatter)
+    parser = Parser(prog="thintune train", description=TRAIN_HELP, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below; flags win.")
     parser.add_argument("--out", required=True, type=str, help="Folder of the run, made if need be.")
     parser.add_argument("--resume", action="store_true", help="Continue the run in OUT bit for bit, with its settings.")
@@ -94,7 +94,7 @@ def train_parser() -> Parser:
 
 def eval_parser() -> Parser:
     """Parser of `thintune eval`."""
-    parser = Parser(prog="thintune eval", description=EVAL_HELP)
+    parser = Parser(prog="thintune eval", description=EVAL_HELP, allow_abbrev=False)
     parser.add_argument("checkpoint", type=str, help="Checkpoint folder: OUT/checkpoint of a run, or OUT itself.")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda.")
     parser.add_argument("--json", action="store_true", help="Print one line of JSON instead of text.")

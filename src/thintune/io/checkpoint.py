@@ -47,7 +47,7 @@ class Checkpoint:
 def inference_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state of a model without what only training needs."""
     dropped: set[str] = set()
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ThinLinear | CompressedLinear):
             dropped |= {f"{name}.{n}" if name else n for n in module.training_only()}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in dropped}
@@ -71,7 +71,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, info: Mapping[str, Any
             "rank": module.rank,
             "bias": module.bias is not None,
         }
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, ThinLinear)
     }
     document = {"format": FORMAT, "version": VERSION, "thin_layers": layers, "info": dict(info or {})}
@@ -136,7 +136,7 @@ def load_checkpoint_(model: nn.Module, folder: str | Path | Checkpoint) -> nn.Mo
 
 def _check(model: nn.Module, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
     """Raises with every mismatch, before anything is changed."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     expected = {n: tuple(t.shape) for n, t in inference_tensors(model).items()}
     problems = []
     for name, spec in checkpoint.thin_layers.items():

@@ -62,7 +62,10 @@ def warm_subspace_step(left: Tensor, right: Tensor, step: Tensor, basis: Tensor)
     towards = basis.T @ moved.T
     gram = (right @ moved.T).double()
     coefficients = _solve_right(towards.double(), gram).to(step.dtype)
-    turned = orthonormalize_near(torch.addmm(left, step, coefficients))
+    if bool(torch.isfinite(coefficients).all()):
+        turned = orthonormalize_near(torch.addmm(left, step, coefficients))
+    else:  # right and moved have nothing in common, as where the weight is zero: the iteration itself, not scaled
+        turned = orthonormalize(torch.addmm(left @ gram.to(step.dtype), step, towards))
     overlap = turned.T @ left
     return turned, torch.addmm(overlap @ right, turned.T @ step, basis.T)
 
@@ -86,10 +89,11 @@ def orthonormalize_near(matrix: Tensor) -> Tensor:
 
 
 def _solve_right(numerator: Tensor, gram: Tensor) -> Tensor:
-    """Returns numerator @ inverse(gram), regularised where the gram matrix is singular to working precision."""
+    """Numerator @ inverse(gram), regularised where that is singular to working precision; not finite where it is 0."""
     found, info = torch.linalg.solve_ex(gram, numerator, left=False)
     if not int(info) and bool(torch.isfinite(found).all()):
         return found
-    scale = gram.diagonal().abs().max().clamp_min(torch.finfo(gram.dtype).tiny)
+    scale = gram.diagonal().abs().max()
     ridge = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (scale * 1e-13)
-    return torch.linalg.solve(gram + ridge, numerator, left=False)
+    found, info = torch.linalg.solve_ex(gram + ridge, numerator, left=False)
+    return torch.full_like(numerator, torch.nan) if int(info) else found

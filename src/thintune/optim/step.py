@@ -20,7 +20,8 @@ _ADAPTIVE = (
     torch.optim.RMSprop,
     torch.optim.Adagrad,
 )
-_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta")
+_MAGNITUDES = ("exp_inf",)  # roots of second moments
 
 
 class ThinStep:
@@ -133,6 +134,8 @@ def tangent_gradient(left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
     """
     gram = (right @ right.T).double()
     ridge = 1e-7 * float(gram.diagonal().mean())
+    if not ridge:
+        return torch.zeros_like(grad)  # right is zero: turning left moves nothing
     gram.diagonal().add_(ridge)
     outside = torch.addmm(grad, left, left.T @ grad, alpha=-1)
     return torch.linalg.solve(gram, outside.double(), left=False).to(grad.dtype)
@@ -145,6 +148,16 @@ def _reorthonormalize(layer: FactorLinear) -> None:
 
 
 def _turn_moments(state: dict[str, Any], parameter: Tensor, turn: Tensor) -> None:
+    centre = state.get("grad_avg")
+    if isinstance(centre, Tensor):  # RMSprop takes the root of square_avg - grad_avg^2: the variance is what turns
+        state["square_avg"].addcmul_(centre, centre, value=-1).clamp_min_(0)
     for name, value in state.items():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value.copy_(value @ (turn.square() if name in _SECOND_MOMENTS else turn))
+            if name in _SECOND_MOMENTS:
+                value.copy_(value @ turn.square())
+            elif name in _MAGNITUDES:
+                value.copy_((value.square() @ turn.square()).sqrt())
+            else:
+                value.copy_(value @ turn)
+    if isinstance(centre, Tensor):
+        state["square_avg"].addcmul_(centre, centre)

@@ -160,7 +160,7 @@ def first_non_finite_layer(model: nn.Module, images: Tensor) -> str:
 
         return after
 
-    layers = [(n, m) for n, m in model.named_modules() if not any(m.children()) or any(m.parameters(recurse=False))]
+    layers = [(n, m) for n, m in model.named_modules() if not list(m.children()) or list(m.parameters(recurse=False))]
     handles = [module.register_forward_hook(hook(name)) for name, module in layers]
     try:
         model(images)
