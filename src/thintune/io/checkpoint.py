@@ -5,7 +5,7 @@ What only training needs (bases, zero updates) is left out: a thin checkpoint is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,15 +152,31 @@ def _check(model: nn.Module, checkpoint: Checkpoint, tensors: Mapping[str, Tenso
         for part in ("weight", "left", "right"):
             expected.pop(f"{name}.{part}", None)
         expected |= {f"{name}.left": (o, k), f"{name}.right": (k, i)}
+    check_shapes(str(checkpoint.stored.path.parent), expected, tensors, problems)
+
+
+def check_shapes(
+    where: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], problems: Sequence[str] = ()
+) -> None:
+    """Compares names and shapes of a file's tensors with those a model expects.
+
+    Args:
+        where: the file, for the message.
+        expected: shape by name.
+        tensors: of the file, by name.
+        problems: found before, to be reported first.
+
+    Raises:
+        CheckpointError: naming the first three problems and counting the rest.
+    """
+    found = list(problems)
     for name in sorted(expected.keys() | tensors.keys()):
         ours, theirs = expected.get(name), tuple(tensors[name].shape) if name in tensors else None
         if ours != theirs:
-            problems.append(f"{name}: {theirs or 'missing'} in the file, {ours or 'missing'} in the model")
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{checkpoint.stored.path.parent}: made for another architecture: {'; '.join(problems[:3])}{more}."
-        )
+            found.append(f"{name}: {theirs or 'missing'} in the file, {ours or 'missing'} in the model")
+    if found:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise CheckpointError(f"{where}: made for another architecture: {'; '.join(found[:3])}{more}.")
 
 
 def meta_tensors(model: nn.Module) -> list[str]:

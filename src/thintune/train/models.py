@@ -11,7 +11,7 @@ from torch import nn
 
 from thintune.config import ModelConfig
 from thintune.errors import CheckpointError, ConfigError, MissingDependencyError, nearest
-from thintune.io.checkpoint import meta_tensors
+from thintune.io.checkpoint import check_shapes, meta_tensors
 
 
 def import_timm() -> Any:
@@ -112,7 +112,8 @@ def _load_dense_(model: nn.Module, path: Path) -> None:
     if resample is not None:
         state = resample(state, model)
     state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] != head}
-    _check_dense(model, state, head, path)
+    expected = {n: tuple(t.shape) for n, t in model.state_dict().items() if n.rpartition(".")[0] != head}
+    check_shapes(f"model.checkpoint: {path}", expected, state)
     model.load_state_dict(state, strict=False, assign=True)
     classifier = model.get_submodule(head)
     classifier.to_empty(device="cpu")
@@ -123,17 +124,3 @@ def _load_dense_(model: nn.Module, path: Path) -> None:
     left = meta_tensors(model)
     if left:
         raise CheckpointError(f"model.checkpoint: {path}: has no values for {', '.join(left[:3])}.")
-
-
-def _check_dense(model: nn.Module, state: dict[str, torch.Tensor], head: str, path: Path) -> None:
-    expected = {n: tuple(t.shape) for n, t in model.state_dict().items() if n.rpartition(".")[0] != head}
-    problems = []
-    for name in sorted(expected.keys() | state.keys()):
-        ours, theirs = expected.get(name), tuple(state[name].shape) if name in state else None
-        if ours != theirs:
-            problems.append(f"{name}: {theirs or 'missing'} in the file, {ours or 'missing'} in the model")
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"model.checkpoint: {path}: made for another architecture: {'; '.join(problems[:3])}{more}."
-        )
