@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from thintune.errors import ConfigError, nearest
 
+Precision = Literal["lean", "exact"]
 Method = Literal["thin", "wasi", "wsi", "asi", "lora", "dense"]
 METHODS: tuple[Method, ...] = ("thin", "wasi", "wsi", "asi", "lora", "dense")
 SOURCES = (
@@ -62,6 +63,12 @@ class ThinConfig:
     """Unlabelled training images of the calibration pass."""
     update_scale: float = 1.0
     """`thin`: factor on every update of the thin layers; 1 keeps the dense learning rate."""
+    attention: Precision = "lean"
+    """`thin`: lean recomputes q, k, v from the kept thin product (exact gradients); exact keeps what PyTorch keeps."""
+    activation: Precision = "lean"
+    """`thin`: lean recomputes the input of the GELU likewise (exact gradients); exact keeps what PyTorch keeps."""
+    norm: Precision = "lean"
+    """`thin`: lean keeps the normalised input in 8 bits (gradients to about 50 dB); exact keeps it whole."""
 
     def __post_init__(self) -> None:
         _require_share("thin.kept", self.kept)
@@ -181,6 +188,8 @@ class TrainConfig:
     """Label smoothing of the cross entropy, in [0, 1)."""
     clip_norm: float | None = 1.0
     """Largest gradient norm; null for none."""
+    layerwise_update: bool = False
+    """Update each layer as soon as its gradient is complete and free the gradient at once; needs clip_norm null."""
     fit_head: bool = True
     """Fit a new head on the converted model's features before training."""
     checkpoint_every: int = 50
@@ -206,6 +215,11 @@ class TrainConfig:
         _require(
             self.clip_norm is None or self.clip_norm > 0,
             f"train.clip_norm: expected more than 0, got {self.clip_norm}.",
+        )
+        _require(
+            not (self.layerwise_update and self.clip_norm is not None),
+            "train.layerwise_update: expected train.clip_norm null, since the norm of the whole gradient is known only "
+            f"at the end, got {self.clip_norm}.",
         )
         _require(
             self.checkpoint_every >= 0, f"train.checkpoint_every: expected at least 0, got {self.checkpoint_every}."

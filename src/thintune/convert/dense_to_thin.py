@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from thintune.config import METHODS, Method, ThinConfig
 from thintune.convert.activations import tucker_compressors
 from thintune.convert.calibration import Moments, blocks, checked_batches, groups, moments, rows_seen
+from thintune.convert.lean import make_blocks_lean_
 from thintune.convert.ranks import choose_ranks
 from thintune.convert.report import ConversionReport, LayerReport
 from thintune.convert.selection import freeze_as_, replace_, select, trains
@@ -89,7 +90,8 @@ def convert_(
     }
     if not converted:
         raise ConversionError(f"none of {', '.join(layers)} is called on the calibration inputs.")
-    return _report(method, before, converted, skipped)
+    lean = make_blocks_lean_(model, config) if method == "thin" else {}
+    return _report(method, before, converted, skipped, lean)
 
 
 def _report(
@@ -97,6 +99,7 @@ def _report(
     before: Mapping[str, tuple[int, int, int]],
     converted: Mapping[str, LayerReport],
     skipped: Mapping[str, str],
+    lean: dict[str, str | None],
 ) -> ConversionReport:
     layers = []
     for name, (out_features, in_features, size) in before.items():
@@ -105,7 +108,7 @@ def _report(
             continue
         reason = skipped.get(name, "never called on the calibration inputs")
         layers.append(LayerReport(name, out_features, in_features, None, None, size, size, reason))
-    return ConversionReport(method, layers)
+    return ConversionReport(method, layers, lean)
 
 
 def with_defaults(config: ThinConfig, method: Method) -> ThinConfig:

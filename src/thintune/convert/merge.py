@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from thintune.convert.selection import freeze_as_, replace_, trains
-from thintune.nn import CompressedLinear, ThinLinear
+from thintune.nn import CompressedLinear, ThinLinear, make_plain_
 
 
 @torch.no_grad()
 def merge_(model: nn.Module) -> nn.Module:
-    """Replaces every thin layer by the dense layer it stands for, in place, one layer at a time.
+    """Replaces every thin layer by the dense layer it stands for, in place, one layer at a time; blocks become plain.
 
     Args:
         model: any module; layers that are not thin stay as they are.
@@ -20,6 +20,7 @@ def merge_(model: nn.Module) -> nn.Module:
         The same model.
     """
     for module in list(model.modules()):
+        make_plain_(module)
         if isinstance(module, ThinLinear):
             weight = module.left @ module.right
         elif isinstance(module, CompressedLinear):

@@ -28,6 +28,8 @@ class ConversionReport:
 
     method: str
     layers: list[LayerReport] = field(default_factory=list)
+    blocks: dict[str, str | None] = field(default_factory=dict)
+    """Transformer blocks of a known kind by name, and what kept each from being lean, or None."""
 
     @property
     def converted(self) -> list[LayerReport]:
@@ -65,4 +67,8 @@ class ConversionReport:
             f"{len(self.converted)} of {len(self.layers)} linear layers converted ({self.method}); weights "
             f"{self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB, {self.kept_weight_fraction:.3f} kept"
         )
+        if self.blocks:
+            lean = sum(reason is None for reason in self.blocks.values())
+            lines.append(f"{lean} of {len(self.blocks)} blocks keep little for the backward pass")
+            lines += [f"{name}: not lean: {reason}" for name, reason in self.blocks.items() if reason is not None]
         return "\n".join(lines)

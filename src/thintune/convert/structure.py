@@ -7,13 +7,17 @@ from typing import Any
 from torch import nn
 
 from thintune.convert.selection import freeze_as_, replace_, trains
-from thintune.nn import CompressedLinear, FactorLinear, SubspaceLinear, TuckerCompressor
+from thintune.nn import CompressedLinear, FactorLinear, LeanBlock, SubspaceLinear, TuckerCompressor, make_lean_
+
+_LEAN = ("attention", "activation", "norm")
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Kind and sizes of every layer that trains in a thin way, by name."""
+    """Kind and sizes of every layer that trains in a thin way, and of every lean block, by name."""
     layers: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
+        if isinstance(module, LeanBlock):
+            layers[name] = {"kind": LeanBlock.__name__, **{n: getattr(module, f"lean_{n}") for n in _LEAN}}
         if isinstance(module, SubspaceLinear | FactorLinear | CompressedLinear):
             layers[name] = {
                 "kind": type(module).__name__,
@@ -41,6 +45,9 @@ def rebuild_(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
     kinds = {kind.__name__: kind for kind in (SubspaceLinear, FactorLinear, CompressedLinear)}
     for name, spec in layers.items():
         arguments = dict(spec)
+        if arguments["kind"] == LeanBlock.__name__:
+            make_lean_(model.get_submodule(name), **{n: bool(arguments[n]) for n in _LEAN})
+            continue
         kind = kinds[arguments.pop("kind")]
         described = arguments.pop("compressor", None)
         if described is not None:

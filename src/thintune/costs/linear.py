@@ -195,3 +195,33 @@ def fold_flops(in_features: int, out_features: int, rank: int, activation_rank: 
         return 2 * rank * activation_rank * (out_features + in_features)
     products = 6 * rank * activation_rank * (out_features + in_features)
     return products + 2 * rank * rank * (2 * in_features + 3 * out_features)
+
+
+# Bytes kept by the lean branches of a transformer block.
+
+
+def lean_branch_saved_bytes(
+    rows: int,
+    width: int,
+    first_rank: int,
+    first_activation_rank: int,
+    second_activation_rank: int,
+    scaled_rank: int | None = None,
+    *,
+    exact_norm: bool = False,
+    element_bytes: int = FLOAT_BYTES,
+) -> int:
+    """M (D + e (2 + K_1 + r_1 + r_2)): 8-bit normalised input, its step and 1 / std, z = y R.T, both projections.
+
+    Args:
+        rows: M.
+        width: D.
+        first_rank: K_1 of the branch's first layer.
+        first_activation_rank: r_1.
+        second_activation_rank: r_2.
+        scaled_rank: K_2 of the second layer where a layer scale needs its thin product, else None.
+        exact_norm: the normalised input is kept whole.
+        element_bytes: e of one value.
+    """
+    values = 2 + first_rank + first_activation_rank + second_activation_rank + (scaled_rank or 0)
+    return rows * (width * (element_bytes if exact_norm else 1) + element_bytes * values)

@@ -137,11 +137,11 @@ class SubspaceLinear(ThinLinear):
         if not (torch.is_grad_enabled() and self.update.requires_grad):
             return super().forward(input)
         if self.capturing:
-            self._capture(input)
+            self.capture(input)
         return ops.subspace_linear(input, self.left, self.right, self.bias, self.update, self.basis)
 
     @torch.no_grad()
-    def _capture(self, x: Tensor) -> None:
+    def capture(self, x: Tensor) -> None:
         """Adds X.T X U (I, r) of this micro-batch; recomputation only scales the sum, which the basis ignores."""
         rows = x.reshape(-1, self.in_features)
         moved = rows.T @ (rows @ self.basis)

@@ -5,9 +5,21 @@ leading axes of an activation, flattened); G the gradient of a layer's output, x
 D = G.T x~ the weight gradient, never formed in a layer of low-rank weight.
 """
 
+from thintune.ops.branches import BranchOptions, ThinWeights, attention_branch, mlp_branch
 from thintune.ops.compressed import compressed_linear
 from thintune.ops.factors import factor_linear
+from thintune.ops.normalize import lean_layer_norm
 from thintune.ops.subspace import subspace_linear
 from thintune.ops.tucker_gradient import tucker_weight_gradient
 
-__all__ = ["compressed_linear", "factor_linear", "subspace_linear", "tucker_weight_gradient"]
+__all__ = [
+    "BranchOptions",
+    "ThinWeights",
+    "attention_branch",
+    "compressed_linear",
+    "factor_linear",
+    "lean_layer_norm",
+    "mlp_branch",
+    "subspace_linear",
+    "tucker_weight_gradient",
+]

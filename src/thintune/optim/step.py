@@ -54,13 +54,14 @@ class ThinStep:
         self.steps = 0
         self.refresh_every = refresh_every
         self.update_scale = update_scale
+        self.by_layer = False
+        """Whether the optimizer steps layer by layer, and `finish` is called after the last."""
         self._adaptive = isinstance(optimizer, _ADAPTIVE)
         self._optimizer = optimizer
         modules = list(model.modules())
         self._subspace = [m for m in modules if isinstance(m, SubspaceLinear)]
         self._factor = [m for m in modules if isinstance(m, FactorLinear)]
         self._compressors = [m for m in modules if isinstance(m, TuckerCompressor)]
-        self._group = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before()),
             optimizer.register_step_post_hook(lambda *_: self._after()),
@@ -83,31 +84,43 @@ class ThinStep:
         for layer in self._subspace:
             layer.capturing = due
 
-    @torch.no_grad()
-    def _before(self) -> None:
-        for layer in self._factor:
-            if layer.left.grad is not None:
-                layer.left.grad = tangent_gradient(layer.left, layer.right, layer.left.grad)
-
-    @torch.no_grad()
-    def _after(self) -> None:
-        for layer in self._subspace:
-            if layer.update.grad is not None:
-                self._fold(layer)
-            if layer.capturing:
-                turn = layer.refresh_basis_()
-                if turn is not None:
-                    _turn_moments(self._optimizer.state.get(layer.update, {}), layer.update, turn)
-        for layer in self._factor:
-            if layer.left.grad is not None:
-                _reorthonormalize(layer)
+    def finish(self) -> None:
+        """Ends an optimizer step: warm starts advance, and the next step's needs are announced."""
         for compressor in self._compressors:
             compressor.advance_()
         self.steps += 1
         self._announce()
 
-    def _fold(self, layer: SubspaceLinear) -> None:
-        group = self._group.get(id(layer.update), {})
+    @torch.no_grad()
+    def _before(self) -> None:
+        stepped = self._stepped()
+        for layer in self._factor:
+            if layer.left.grad is not None and id(layer.left) in stepped:
+                layer.left.grad = tangent_gradient(layer.left, layer.right, layer.left.grad)
+
+    @torch.no_grad()
+    def _after(self) -> None:
+        stepped = self._stepped()
+        for layer in self._subspace:
+            if id(layer.update) not in stepped:
+                continue
+            if layer.update.grad is not None:
+                self._fold(layer, stepped[id(layer.update)])
+            if layer.capturing:
+                turn = layer.refresh_basis_()
+                if turn is not None:
+                    _turn_moments(self._optimizer.state.get(layer.update, {}), layer.update, turn)
+        for layer in self._factor:
+            if layer.left.grad is not None and id(layer.left) in stepped:
+                _reorthonormalize(layer)
+        if not self.by_layer:
+            self.finish()
+
+    def _stepped(self) -> dict[int, dict[str, Any]]:
+        """Identity of each parameter of the optimizer's present step, and its group."""
+        return {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+
+    def _fold(self, layer: SubspaceLinear, group: dict[str, Any]) -> None:
         decay = float(group.get("lr", 0.0)) * float(group.get("weight_decay", 0.0))
         if decay:
             layer.right.mul_(1 - decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from thintune.config import TrainConfig
 from thintune.data import Split, epoch_batches, micro_batches
 from thintune.errors import DivergenceError
 from thintune.measure import SavedActivations, count_flops
-from thintune.optim import ThinStep, learning_rate_factor
+from thintune.optim import LayerwiseStep, ThinStep, learning_rate_factor
 
 
 @dataclass
@@ -62,6 +63,9 @@ class Loop:
         if config.max_steps is not None:
             self.steps = min(self.steps, config.max_steps)
         self.progress = Progress()
+        self._layerwise = (
+            LayerwiseStep(model, optimizer, thin_step, self._check_gradients) if config.layerwise_update else None
+        )
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._measured = False
 
@@ -106,7 +110,8 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = factor * self.config.learning_rate
         total = 0.0
-        for rows in micro_batches(indices, self.config.micro_batch):
+        parts = micro_batches(indices, self.config.micro_batch)
+        for number, rows in enumerate(parts):
             images, labels = self.split.images(rows).to(self.device), self.split.labels[rows].to(self.device)
             if measure and self.progress.saved_activation_bytes is None:
                 with SavedActivations(exclude=self.model) as saved:
@@ -117,8 +122,16 @@ class Loop:
             value = float(loss.detach())
             if not math.isfinite(value):
                 self._diverged("loss", value, images)
-            loss.backward()
+            last = self._layerwise is not None and number == len(parts) - 1
+            with self._layerwise.last() if last and self._layerwise else contextlib.nullcontext():
+                loss.backward()
             total += value
+        if self._layerwise is None:
+            self._whole_step()
+        self.progress.loss = total
+        self.progress.epoch_losses.append(total)
+
+    def _whole_step(self) -> None:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if not math.isfinite(float(norm)):
             self._diverged("gradient norm", float(norm), None)
@@ -126,8 +139,11 @@ class Loop:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.progress.loss = total
-        self.progress.epoch_losses.append(total)
+
+    def _check_gradients(self, name: str, gradients: list[Tensor]) -> None:
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self._raise_diverged("gradient norm", norm, name)
 
     def _loss(self, images: Tensor, labels: Tensor, batch: int) -> Tensor:
         smoothing = self.config.label_smoothing
@@ -135,6 +151,9 @@ class Loop:
 
     def _diverged(self, what: str, value: float, images: Tensor | None) -> None:
         where = first_non_finite_layer(self.model, images) if images is not None else self._bad_gradient()
+        self._raise_diverged(what, value, where)
+
+    def _raise_diverged(self, what: str, value: float, where: str) -> None:
         raise DivergenceError(
             f"step {self.progress.step + 1}: {what} is {value}, first seen at {where}; the last good checkpoint is "
             "kept. Lower train.learning_rate, or set train.clip_norm."

@@ -1,0 +1,316 @@
+"""The two residual branches of a pre-norm transformer block as one autograd function each.
+
+attention:  out = x + s * proj(attention(qkv(norm(x))))
+mlp:        out = x + s * fc2(gelu(fc1(norm(x))))
+
+with thin linear layers (see `thintune.ops.subspace`) and an optional layer scale s. Autograd would keep about 17 D
+values a token of such a block. Here a branch keeps the normalised input in 8 bits, the thin product z = y R.T of its
+first layer (K values), from which the backward pass recomputes q, k, v or the input of the GELU by the second thin
+product, and the projections y U (r values) that the update gradients need. Nothing is approximated but the 8-bit
+copy, and that is kept whole on request.
+
+Both passes go through the rows in chunks, so that what is D, 3 D or 4 D wide never exists for all rows at once and
+stays in the processor's cache.
+
+Legend: B images, N tokens, M = B N rows, D width, K and r ranks of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from thintune.ops.normalize import dequantize_rows, normalization_gradients, normalize_rows, quantize_rows
+
+CHUNK_ROWS = 512
+"""Rows that are worked on at once, or those of one image where it has more."""
+
+
+class ThinWeights(NamedTuple):
+    """Tensors of one thin layer that trains through its update."""
+
+    left: Tensor
+    """(O, K)."""
+    right: Tensor
+    """(K, I)."""
+    bias: Tensor
+    """(O,)."""
+    update: Tensor
+    """(O, r), all zeros; its gradient is what is wanted."""
+    basis: Tensor
+    """(I, r)."""
+
+
+@dataclass(frozen=True)
+class BranchOptions:
+    """What is no tensor."""
+
+    eps: float
+    """Of the normalisation."""
+    exact_norm: bool = False
+    """Keep the normalised input whole."""
+    heads: int = 1
+    """`attention_branch`: heads."""
+    scale: float | None = None
+    """`attention_branch`: factor on q k.T."""
+    observe_first: Callable[[Tensor], None] | None = None
+    """Told the input rows of the branch's first layer."""
+    observe_second: Callable[[Tensor], None] | None = None
+    """Told the input rows of the branch's second layer."""
+
+
+class _Branch:
+    """The tensors of one branch, by name."""
+
+    def __init__(self, tensors: tuple[Any, ...]) -> None:
+        self.gamma, self.beta, self.scale = tensors[:3]
+        self.first, self.second = ThinWeights(*tensors[3:8]), ThinWeights(*tensors[8:13])
+
+
+def _chunks(rows: int, size: int) -> Iterator[slice]:
+    return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
+
+
+class _Forward:
+    """What the forward pass of a branch keeps, filled chunk by chunk."""
+
+    def __init__(self, branch: _Branch, rows: Tensor, options: BranchOptions) -> None:
+        m, d = rows.shape
+        self.branch, self.options = branch, options
+        self.values = rows.new_empty(m, d, dtype=rows.dtype if options.exact_norm else torch.int8)
+        self.step, self.rstd = rows.new_ones(m, 1), rows.new_empty(m, 1)
+        first, second = branch.first, branch.second
+        self.reduced = rows.new_empty(m, first.right.shape[0])
+        self.seen = rows.new_empty(m, first.basis.shape[1])
+        self.seen_second = rows.new_empty(m, second.basis.shape[1])
+        scaled = branch.scale is not None
+        self.reduced_second = rows.new_empty(m if scaled else 0, second.right.shape[0])
+
+    def first_layer(self, rows: Tensor, chunk: slice) -> Tensor:
+        """Normalises, keeps, and gives the first layer's output (m, O)."""
+        branch, options = self.branch, self.options
+        normal, self.rstd[chunk] = normalize_rows(rows, options.eps)
+        if options.exact_norm:
+            self.values[chunk] = normal
+        else:
+            self.values[chunk], self.step[chunk] = quantize_rows(normal)
+        torch.addcmul(branch.beta, normal, branch.gamma, out=normal)
+        if options.observe_first is not None:
+            options.observe_first(normal)
+        torch.mm(normal, branch.first.basis, out=self.seen[chunk])
+        torch.mm(normal, branch.first.right.T, out=self.reduced[chunk])
+        return torch.addmm(branch.first.bias, self.reduced[chunk], branch.first.left.T)
+
+    def second_layer(self, inner: Tensor, rows: Tensor, out: Tensor, chunk: slice) -> None:
+        """Writes rows + s * second(inner) to out."""
+        second, scale = self.branch.second, self.branch.scale
+        if self.options.observe_second is not None:
+            self.options.observe_second(inner)
+        torch.mm(inner, second.basis, out=self.seen_second[chunk])
+        reduced = inner @ second.right.T
+        if scale is None:
+            torch.add(rows, second.bias, out=out).addmm_(reduced, second.left.T)
+        else:
+            self.reduced_second[chunk] = reduced
+            torch.addcmul(rows, torch.addmm(second.bias, reduced, second.left.T), scale, out=out)
+
+    def keep(self, ctx: Any) -> None:
+        """Hands everything to autograd."""
+        b = self.branch
+        ctx.options = self.options
+        ctx.save_for_backward(
+            self.values,
+            self.step,
+            self.rstd,
+            self.reduced,
+            self.seen,
+            self.seen_second,
+            self.reduced_second,
+            b.gamma,
+            b.beta,
+            b.scale,
+            *b.first,
+            *b.second,
+        )
+
+
+class _Backward:
+    """Gradients of a branch, added up chunk by chunk."""
+
+    def __init__(self, ctx: Any, grad: Tensor) -> None:
+        (self.values, self.step, self.rstd, self.reduced, self.seen, self.seen_second, self.reduced_second, *rest) = (
+            ctx.saved_tensors
+        )
+        self.branch = b = _Branch(tuple(rest))
+        self.rows = grad.reshape(-1, grad.shape[-1])
+        self.grad_x = torch.empty_like(self.rows)
+        self.gamma, self.beta = torch.zeros_like(b.gamma), torch.zeros_like(b.beta)
+        self.scale = None if b.scale is None else torch.zeros_like(b.scale)
+        self.biases = torch.zeros_like(b.first.bias), torch.zeros_like(b.second.bias)
+        self.updates = torch.zeros_like(b.first.update), torch.zeros_like(b.second.update)
+
+    def second_layer(self, chunk: slice) -> Tensor:
+        """Gradient (m, I) of the second layer's input."""
+        second, scale = self.branch.second, self.branch.scale
+        grad = self.rows[chunk]
+        if scale is not None and self.scale is not None:
+            output = torch.addmm(second.bias, self.reduced_second[chunk], second.left.T)
+            self.scale += output.mul_(grad).sum(0)
+            grad = torch.mul(grad, scale, out=output)
+        self.biases[1].add_(grad.sum(0))
+        self.updates[1].addmm_(grad.T, self.seen_second[chunk])
+        return (grad @ second.left) @ second.right
+
+    def first_output(self, chunk: slice) -> Tensor:
+        """The first layer's output (m, O), from the thin product that was kept."""
+        first = self.branch.first
+        return torch.addmm(first.bias, self.reduced[chunk], first.left.T)
+
+    def first_layer(self, grad: Tensor, chunk: slice) -> None:
+        """Takes the gradient (m, O) of the first layer's output down to the branch's input."""
+        first = self.branch.first
+        self.biases[0].add_(grad.sum(0))
+        self.updates[0].addmm_(grad.T, self.seen[chunk])
+        grad_normal = (grad @ first.left) @ first.right
+        normal = dequantize_rows(self.values[chunk], self.step[chunk])
+        inner, gamma, beta = normalization_gradients(grad_normal, normal, self.branch.gamma)
+        torch.addcmul(self.rows[chunk], inner, self.rstd[chunk], out=self.grad_x[chunk])
+        assert gamma is not None and beta is not None
+        self.gamma += gamma
+        self.beta += beta
+
+    def gradients(self, shape: torch.Size) -> tuple[Tensor | None, ...]:
+        """In the order of the function's arguments."""
+        layers = [(None, None, bias, update, None) for bias, update in zip(self.biases, self.updates, strict=True)]
+        return self.grad_x.reshape(shape), self.gamma, self.beta, self.scale, *layers[0], *layers[1], None
+
+
+class _MlpBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        *tensors, options = arguments
+        rows = x.reshape(-1, x.shape[-1])
+        kept = _Forward(_Branch(tuple(tensors)), rows, options)
+        out = torch.empty_like(rows)
+        for chunk in _chunks(len(rows), CHUNK_ROWS):
+            inner = torch.ops.aten.gelu_(kept.first_layer(rows[chunk], chunk))
+            kept.second_layer(inner, rows[chunk], out[chunk], chunk)
+        kept.keep(ctx)
+        return out.reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        work = _Backward(ctx, grads[0])
+        for chunk in _chunks(len(work.rows), CHUNK_ROWS):
+            grad = work.second_layer(chunk)
+            torch.ops.aten.gelu_backward.grad_input(grad, work.first_output(chunk), grad_input=grad)
+            work.first_layer(grad, chunk)
+        return work.gradients(grads[0].shape)
+
+
+class _AttentionBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        *tensors, options = arguments
+        rows = x.reshape(-1, x.shape[-1])
+        kept = _Forward(_Branch(tuple(tensors)), rows, options)
+        out = torch.empty_like(rows)
+        tokens = x.shape[-2]
+        for chunk in _chunks(len(rows), tokens * max(1, CHUNK_ROWS // tokens)):
+            q, k, v = _heads(kept.first_layer(rows[chunk], chunk), tokens, options.heads)
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=options.scale)
+            kept.second_layer(_tokens(mixed), rows[chunk], out[chunk], chunk)
+        kept.keep(ctx)
+        ctx.tokens = tokens
+        return out.reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        work = _Backward(ctx, grads[0])
+        tokens, heads = ctx.tokens, ctx.options.heads
+        for chunk in _chunks(len(work.rows), tokens * max(1, CHUNK_ROWS // tokens)):
+            grad = work.second_layer(chunk).reshape(-1, tokens, heads, work.rows.shape[1] // heads).transpose(1, 2)
+            projected = work.first_output(chunk)
+            parts = _heads(projected, tokens, heads)
+            with torch.enable_grad():
+                q, k, v = (part.detach().requires_grad_() for part in parts)
+                mixed = F.scaled_dot_product_attention(q, k, v, scale=ctx.options.scale)
+            found = torch.autograd.grad(mixed, (q, k, v), grad)
+            del mixed, q, k, v, grad
+            for part, gradient in zip(parts, found, strict=True):  # q, k, v are done with: their room is taken over
+                part.copy_(gradient)
+            work.first_layer(projected, chunk)
+        return work.gradients(grads[0].shape)
+
+
+def _heads(projected: Tensor, tokens: int, heads: int) -> tuple[Tensor, ...]:
+    """(m, 3 D) as views q, k, v (B, heads, N, D / heads)."""
+    return projected.view(-1, tokens, 3, heads, projected.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _tokens(mixed: Tensor) -> Tensor:
+    """(B, heads, N, D / heads) as rows (m, D)."""
+    images, heads, tokens, width = mixed.shape
+    return mixed.transpose(1, 2).reshape(images * tokens, heads * width)
+
+
+def mlp_branch(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    layer_scale: Tensor | None,
+    first: ThinWeights,
+    second: ThinWeights,
+    options: BranchOptions,
+) -> Tensor:
+    """X + s * fc2(gelu(fc1(norm(x)))).
+
+    Args:
+        x: (..., D).
+        gamma: (D,) weight of the normalisation.
+        beta: (D,) bias of the normalisation.
+        layer_scale: s (D,) or None for 1.
+        first: fc1, D to H.
+        second: fc2, H to D.
+        options: eps and what to keep.
+
+    Returns:
+        (..., D). Saves for backward M (D + 4 (2 + K_1 + r_1 + r_2)) bytes in float32, 4 K_2 M more with a layer
+        scale, and 3 D M more with an exact normalisation.
+    """
+    result = _MlpBranch.apply(x, gamma, beta, layer_scale, *first, *second, options)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def attention_branch(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    layer_scale: Tensor | None,
+    first: ThinWeights,
+    second: ThinWeights,
+    options: BranchOptions,
+) -> Tensor:
+    """X + s * proj(attention(qkv(norm(x)))), the attention of every head softmax(scale q k.T) v.
+
+    Args:
+        x: (B, N, D).
+        gamma: (D,) weight of the normalisation.
+        beta: (D,) bias of the normalisation.
+        layer_scale: s (D,) or None for 1.
+        first: qkv, D to 3 D: q of all heads, then k, then v.
+        second: proj, D to D.
+        options: eps, heads, scale, and what to keep.
+
+    Returns:
+        (B, N, D). Saves for backward as many bytes as `mlp_branch`.
+    """
+    result = _AttentionBranch.apply(x, gamma, beta, layer_scale, *first, *second, options)
+    assert isinstance(result, Tensor)
+    return result
