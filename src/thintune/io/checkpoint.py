@@ -5,8 +5,9 @@ What only training needs (bases, zero updates) is left out: a thin checkpoint is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +108,16 @@ def _is_layer(spec: Any) -> bool:
     return all(type(n) is int for n in (o, i, k)) and 1 <= k <= min(o, i) and type(spec["bias"]) is bool
 
 
-def load_checkpoint_(model: nn.Module, folder: str | Path | Checkpoint) -> nn.Module:
+def load_checkpoint_(model: nn.Module, folder: str | Path | Checkpoint, *, leave: Collection[str] = ()) -> nn.Module:
     """Loads a checkpoint into a model of the same architecture, dense layers becoming thin where it says so.
 
     The model may live on the meta device: its tensors are replaced, not copied into, so no dense weight is ever made.
+    They are read module by module, each straight into its own memory: the peak is that of the loaded model.
 
     Args:
         model: built as the one that was saved, before its conversion.
         folder: of the checkpoint, or one already read.
+        leave: names of modules that stay as the model has them, whatever the file says of them.
 
     Returns:
         The same model.
@@ -123,23 +126,50 @@ def load_checkpoint_(model: nn.Module, folder: str | Path | Checkpoint) -> nn.Mo
         CheckpointError: damaged, or of another architecture; the model is as it was.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else read_checkpoint(folder)
-    tensors = checkpoint.stored.load()
-    _check(model, checkpoint, tensors)
-    for name, spec in checkpoint.thin_layers.items():
+    stored = checkpoint.stored.open()
+    layers = {name: spec for name, spec in checkpoint.thin_layers.items() if not _lies_in(name, leave)}
+    shapes = {name: shape for name, shape in stored.shapes().items() if not _lies_in(name, leave)}
+    _check(model, checkpoint, layers, shapes, leave)
+    for name, spec in layers.items():
         parent, _, child = name.rpartition(".")
-        thin = ThinLinear(**spec, device="meta", dtype=tensors[f"{name}.left"].dtype)
+        thin = ThinLinear(**spec, device="meta", dtype=stored[f"{name}.left"].dtype)
         thin.train(model.get_submodule(name).training)
         setattr(model.get_submodule(parent), child, thin)
-    model.load_state_dict(tensors, strict=False, assign=True)  # checked; what only training needs is not in the file
+    fill_(model, {name: partial(stored.read, name) for name in shapes})
     return model
 
 
-def _check(model: nn.Module, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-    """Raises with every mismatch, before anything is changed."""
+def fill_(model: nn.Module, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Replaces tensors of a model, module by module, by what the readers return; what was frozen stays frozen.
+
+    Args:
+        model: whose tensors may be on the meta device.
+        readers: by the tensor's name in the model.
+    """
+    modules: dict[str, list[str]] = {}
+    for name in readers:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    for owner, names in modules.items():
+        values = {name.rpartition(".")[2]: readers[name]() for name in names}
+        model.get_submodule(owner).load_state_dict(values, strict=False, assign=True)
+
+
+def _lies_in(name: str, modules: Collection[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _check(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    layers: Mapping[str, dict[str, Any]],
+    shapes: Mapping[str, tuple[int, ...]],
+    leave: Collection[str],
+) -> None:
+    """Raises with every mismatch, before any tensor is read."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    expected = {n: tuple(t.shape) for n, t in inference_tensors(model).items()}
+    expected = {n: tuple(t.shape) for n, t in inference_tensors(model).items() if not _lies_in(n, leave)}
     problems = []
-    for name, spec in checkpoint.thin_layers.items():
+    for name, spec in layers.items():
         module = modules.get(name)
         if not isinstance(module, nn.Linear | ThinLinear):
             problems.append(f"{name}: no linear layer of that name{nearest(name, modules)}")
@@ -152,28 +182,32 @@ def _check(model: nn.Module, checkpoint: Checkpoint, tensors: Mapping[str, Tenso
         for part in ("weight", "left", "right"):
             expected.pop(f"{name}.{part}", None)
         expected |= {f"{name}.left": (o, k), f"{name}.right": (k, i)}
-    check_shapes(str(checkpoint.stored.path.parent), expected, tensors, problems)
+    check_shapes(str(checkpoint.stored.path.parent), expected, shapes, problems)
 
 
 def check_shapes(
-    where: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], problems: Sequence[str] = ()
+    where: str,
+    expected: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    problems: Sequence[str] = (),
 ) -> None:
     """Compares names and shapes of a file's tensors with those a model expects.
 
     Args:
         where: the file, for the message.
         expected: shape by name.
-        tensors: of the file, by name.
+        shapes: of the file's tensors, by name.
         problems: found before, to be reported first.
 
     Raises:
         CheckpointError: naming the first three problems and counting the rest.
     """
     found = list(problems)
-    for name in sorted(expected.keys() | tensors.keys()):
-        ours, theirs = expected.get(name), tuple(tensors[name].shape) if name in tensors else None
+    for name in sorted(expected.keys() | shapes.keys()):
+        ours, theirs = expected.get(name), shapes.get(name)
         if ours != theirs:
-            found.append(f"{name}: {theirs or 'missing'} in the file, {ours or 'missing'} in the model")
+            described = ["missing" if shape is None else str(shape) for shape in (theirs, ours)]
+            found.append(f"{name}: {described[0]} in the file, {described[1]} in the model")
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise CheckpointError(f"{where}: made for another architecture: {'; '.join(found[:3])}{more}.")

@@ -21,19 +21,7 @@ from torch import Tensor
 
 from thintune.errors import CheckpointError, OutputError
 from thintune.io.files import prepare_directory, read_document, sync_directory, write_text
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from thintune.io.tensor_file import DTYPE_NAMES, TensorFile
 
 
 @dataclass(frozen=True)
@@ -43,19 +31,22 @@ class StoredTensors:
     document: dict[str, Any]
     path: Path
 
-    def load(self, device: str = "cpu") -> dict[str, Tensor]:
-        """Reads every tensor into memory of its own, aligned as torch aligns, so that results do not depend on it.
+    def open(self) -> TensorFile:
+        """Names, shapes and kinds of the tensors, and each of them on demand.
 
         Raises:
             CheckpointError: no safetensors file.
         """
-        from safetensors import SafetensorError, safe_open
+        return TensorFile(self.path)
 
-        try:
-            with safe_open(self.path, framework="pt", device=device) as stream:
-                return {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path}: expected a safetensors file: {error}.") from error
+    def load(self) -> dict[str, Tensor]:
+        """Reads every tensor into memory of its own; no value is held twice.
+
+        Raises:
+            CheckpointError: no safetensors file.
+        """
+        stored = self.open()
+        return {name: stored.read(name) for name in stored}
 
 
 def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
@@ -105,11 +96,11 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     header: dict[str, Any] = {}
     offset = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES or tensor.is_meta:
+        if tensor.dtype not in DTYPE_NAMES or tensor.is_meta:
             kind = "a tensor without values (meta device)" if tensor.is_meta else str(tensor.dtype)
             raise CheckpointError(f"{name}: expected values of a kind that safetensors files hold, got {kind}.")
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     return text + b" " * (-len(text) % 8)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from thintune.config import ModelConfig
 from thintune.errors import CheckpointError, ConfigError, MissingDependencyError, nearest
-from thintune.io.checkpoint import check_shapes, meta_tensors
+from thintune.io.checkpoint import fill_, meta_tensors
+from thintune.train.dense import DenseWeights
 
 
 def import_timm() -> Any:
@@ -34,20 +37,20 @@ def build_model(config: ModelConfig, classes: int, image_size: int, *, empty: bo
         config: name, options and source of the weights.
         classes: outputs of the head.
         image_size: of the square input, in pixels; positional tables are resampled.
-        empty: leave every tensor on the meta device, to be filled from a thin checkpoint.
+        empty: leave every parameter on the meta device, to be filled from a thin checkpoint.
 
     Raises:
         ConfigError: unknown model or option.
         CheckpointError: weights that are missing, damaged, or of another architecture.
     """
-    if empty:
-        with torch.device("meta"):
-            return _create(config, classes, image_size)
-    if config.checkpoint is None:
+    if config.checkpoint is None and not empty:
         return _create(config, classes, image_size)
-    with torch.device("meta"):
-        model = _create(config, classes, image_size)
-    _load_dense_(model, Path(config.checkpoint))
+    model = _skeleton(config, classes, image_size)
+    if not empty:
+        assert config.checkpoint is not None
+        source = DenseWeights(Path(config.checkpoint), model, classifier_name(model))
+        fill_(model, source.readers())
+        start_head_(model)
     return model
 
 
@@ -94,33 +97,45 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _load_dense_(model: nn.Module, path: Path) -> None:
-    """Fills a model on the meta device from a safetensors file; only the head may be missing."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+class _NoValues(TorchFunctionMode):
+    """Lets nothing be written into parameters: memory that is never touched is never resident."""
 
-    if not path.is_file():
-        raise CheckpointError(f"model.checkpoint: {path}: expected a safetensors file, found nothing of that name.")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"model.checkpoint: {path}: truncated or no safetensors file: {_first_line(error)}."
-        ) from error
-    head = classifier_name(model)
-    resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if resample is not None:
-        state = resample(state, model)
-    state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] != head}
-    expected = {n: tuple(t.shape) for n, t in model.state_dict().items() if n.rpartition(".")[0] != head}
-    check_shapes(f"model.checkpoint: {path}", expected, state)
-    model.load_state_dict(state, strict=False, assign=True)
-    classifier = model.get_submodule(head)
-    classifier.to_empty(device="cpu")
-    assert isinstance(classifier, nn.Linear)
-    nn.init.zeros_(classifier.weight)
-    if classifier.bias is not None:
-        nn.init.zeros_(classifier.bias)
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        name = getattr(func, "__name__", "")
+        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if writes and isinstance(target, nn.Parameter):
+            return target
+        return func(*args, **kwargs)
+
+
+def _skeleton(config: ModelConfig, classes: int, image_size: int) -> nn.Module:
+    """The model with its parameters on the meta device; buffers have the values that the model computes for them."""
+    with _NoValues():
+        model = _create(dataclasses.replace(config, pretrained=False), classes, image_size)
+    empty: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            made = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            setattr(module, name, empty.setdefault(id(parameter), made))
+    return model
+
+
+def start_head_(model: nn.Module) -> None:
+    """Sets the head of a model whose head has no values yet to zero.
+
+    Raises:
+        CheckpointError: something else has no values either.
+    """
+    head = model.get_submodule(classifier_name(model))
+    assert isinstance(head, nn.Linear)
+    for name, parameter in list(head.named_parameters()):
+        if parameter.is_meta:
+            zeros = torch.zeros_like(parameter, device="cpu")
+            setattr(head, name, nn.Parameter(zeros, requires_grad=parameter.requires_grad))
     left = meta_tensors(model)
     if left:
-        raise CheckpointError(f"model.checkpoint: {path}: has no values for {', '.join(left[:3])}.")
+        raise CheckpointError(f"model.checkpoint: no values for {', '.join(left[:3])}.")

@@ -91,10 +91,10 @@ def calibration_batches(config: RunConfig, split: Split) -> list[Tensor]:
     return [split.images(rows[i : i + size]).to(config.device) for i in range(0, count, size)]
 
 
-def rebuild(config: RunConfig, classes: int, layers: dict[str, dict[str, Any]], *, empty: bool = True) -> nn.Module:
-    """The model of an interrupted run, without its values (on the meta device if `empty`): the saved state has them."""
+def rebuild(config: RunConfig, classes: int, layers: dict[str, dict[str, Any]]) -> nn.Module:
+    """The model of an interrupted run, its parameters without values (on the meta device): the saved state has them."""
     source = dataclasses.replace(config.model, checkpoint=None, pretrained=False)
-    model = build_model(source, classes, config.data.image_size, empty=empty)
+    model = build_model(source, classes, config.data.image_size, empty=True)
     if config.method == "lora":
         inject_lora_(model, config.lora, classifier_name(model))
     rebuild_(model, layers)

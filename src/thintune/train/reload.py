@@ -13,7 +13,6 @@ from torch import nn
 from thintune.config import RunConfig, from_dict
 from thintune.errors import CheckpointError
 from thintune.io import Checkpoint, load_checkpoint_, read_checkpoint
-from thintune.io.checkpoint import meta_tensors
 from thintune.train.evaluate import evaluate
 from thintune.train.models import build_model
 from thintune.train.prepare import check_device, load_data
@@ -49,8 +48,6 @@ def reload(checkpoint: Checkpoint) -> tuple[nn.Module, RunConfig]:
     config = from_dict(info["config"])
     source = dataclasses.replace(config.model, checkpoint=None, pretrained=False)
     model = load_checkpoint_(build_model(source, info["classes"], config.data.image_size, empty=True), checkpoint)
-    if meta_tensors(model):  # buffers that are computed, not saved: build the model for real
-        model = load_checkpoint_(build_model(source, info["classes"], config.data.image_size), checkpoint)
     return model.eval(), config
 
 

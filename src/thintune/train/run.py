@@ -26,7 +26,6 @@ from thintune.convert import ConversionReport
 from thintune.data import Splits
 from thintune.errors import ConfigError, DataError, ThintuneError
 from thintune.io import prepare_directory, save_checkpoint, write_text
-from thintune.io.checkpoint import meta_tensors
 from thintune.measure import median_and_iqr, peak_rss_bytes, release_free_memory, rss_bytes
 from thintune.optim import ThinStep, build_optimizer
 from thintune.records import RunRecord
@@ -182,9 +181,6 @@ class _Run:
         document = state.document
         model = rebuild(self.config, splits.classes, document["layers"])
         state.restore_model_(model)
-        if meta_tensors(model):  # buffers that are computed, not saved: build the model for real
-            model = rebuild(self.config, splits.classes, document["layers"], empty=False)
-            state.restore_model_(model)
         model.to(self.config.device)
         self.record.kept_weight_fraction = document["kept_weight_fraction"]
         self.record.head_val_accuracy = document["head_val_accuracy"]
