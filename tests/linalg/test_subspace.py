@@ -10,7 +10,7 @@ from thintune.linalg import (
     warm_subspace_step,
     warm_subspace_step_reference,
 )
-from thintune.linalg.subspace import orthonormalize_near
+from thintune.linalg.subspace import orthonormalize_near_
 
 
 def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -127,7 +127,7 @@ def test_the_basis_stays_orthonormal_over_many_steps(dtype):
 def test_columns_far_from_orthonormal_become_so_to_rounding(size, dtype):
     triangle = torch.eye(4) + size * matrix(4, 4, 1).triu(1)
     skewed = orthonormalize(matrix(11, 4, 0)) @ triangle
-    found = orthonormalize_near(skewed.to(dtype))
+    found = orthonormalize_near_(skewed.to(dtype))
     assert found.dtype == dtype
     assert (found.T @ found - torch.eye(4)).abs().max() < (2e-6 if dtype == torch.float32 else 1e-12)
     if size <= 1.0:
@@ -137,5 +137,5 @@ def test_columns_far_from_orthonormal_become_so_to_rounding(size, dtype):
 @pytest.mark.parametrize("shape", [(6, 3), (5, 5), (4, 1)])
 def test_columns_of_lower_rank_or_zero_are_completed(shape):
     for skewed in (torch.ones(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)):
-        found = orthonormalize_near(skewed)
+        found = orthonormalize_near_(skewed)
         assert (found.T @ found - torch.eye(shape[1])).abs().max() < 1e-12

@@ -45,7 +45,7 @@ def warm_subspace_step(left: Tensor, right: Tensor, step: Tensor, basis: Tensor)
         right' = (left'.T left) right + (left'.T step) basis.T
 
     so that left' turns as little as it must and quantities stored in the old basis stay meaningful. Its products cost
-    6 K r (O + I) + 2 K^2 (2 I + 3 O) FLOPs; scratch is K (O + I).
+    6 K r (O + I) + 2 K^2 (2 I + 3 O) FLOPs; beside the results, scratch is K max(O, I) and a few K^2 in float64.
 
     Args:
         left: (O, K), orthonormal columns.
@@ -61,30 +61,33 @@ def warm_subspace_step(left: Tensor, right: Tensor, step: Tensor, basis: Tensor)
         return left, moved  # a square basis spans everything: only the coordinates move
     towards = basis.T @ moved.T
     gram = (right @ moved.T).double()
+    del moved
     coefficients = _solve_right(towards.double(), gram).to(step.dtype)
     if bool(torch.isfinite(coefficients).all()):
-        turned = orthonormalize_near(torch.addmm(left, step, coefficients))
+        turned = orthonormalize_near_(torch.addmm(left, step, coefficients))
     else:  # right and moved have nothing in common, as where the weight is zero: the iteration itself, not scaled
         turned = orthonormalize(torch.addmm(left @ gram.to(step.dtype), step, towards))
-    overlap = turned.T @ left
-    return turned, torch.addmm(overlap @ right, turned.T @ step, basis.T)
+    return turned, ((turned.T @ left) @ right).addmm_(turned.T @ step, basis.T)
 
 
-def orthonormalize_near(matrix: Tensor) -> Tensor:
+def orthonormalize_near_(matrix: Tensor, chunk_rows: int = 512) -> Tensor:
     """Orthonormalises columns that are nearly orthonormal already, by Cholesky, else by Householder QR.
 
     Args:
-        matrix: (n, k).
+        matrix: (n, k), contiguous; overwritten.
+        chunk_rows: rows solved for at once, which bounds the scratch memory.
 
     Returns:
-        (n, k) with orthonormal columns and unchanged signs.
+        (n, k) with orthonormal columns and unchanged signs: `matrix`, or a new tensor from the QR.
     """
     for _ in range(2):  # the second pass removes what rounding left of the first
         gram = (matrix.T @ matrix).double()
         factor, info = torch.linalg.cholesky_ex(gram)
         if int(info) or not bool(torch.isfinite(factor).all()) or float(factor.diagonal().min()) < 1e-2:
             return orthonormalize(matrix)
-        matrix = torch.linalg.solve_triangular(factor.T.to(matrix.dtype), matrix, upper=True, left=False)
+        upper = factor.T.to(matrix.dtype)
+        for rows in matrix.split(chunk_rows):
+            rows.copy_(torch.linalg.solve_triangular(upper, rows, upper=True, left=False))
     return matrix
 
 

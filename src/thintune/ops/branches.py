@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thintune.ops.normalize import dequantize_rows, normalization_gradients, normalize_rows, quantize_rows
+from thintune.ops.normalize import dequantize_rows, normalization_gradients, normalize_rows, quantize_rows_into
+from thintune.ops.workspace import workspace
 
-CHUNK_ROWS = 512
-"""Rows that are worked on at once, or those of one image where it has more."""
+CHUNK_ROWS = 256
+"""Rows that are worked on at once: as many whole images as fit in them, and one at least."""
 
 
 class ThinWeights(NamedTuple):
@@ -72,7 +73,8 @@ class _Branch:
         self.first, self.second = ThinWeights(*tensors[3:8]), ThinWeights(*tensors[8:13])
 
 
-def _chunks(rows: int, size: int) -> Iterator[slice]:
+def _chunks(rows: int, tokens: int) -> Iterator[slice]:
+    size = tokens * max(1, CHUNK_ROWS // tokens)
     return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
 
@@ -98,13 +100,13 @@ class _Forward:
         if options.exact_norm:
             self.values[chunk] = normal
         else:
-            self.values[chunk], self.step[chunk] = quantize_rows(normal)
+            quantize_rows_into(normal, self.values[chunk], self.step[chunk])
         torch.addcmul(branch.beta, normal, branch.gamma, out=normal)
         if options.observe_first is not None:
             options.observe_first(normal)
         torch.mm(normal, branch.first.basis, out=self.seen[chunk])
         torch.mm(normal, branch.first.right.T, out=self.reduced[chunk])
-        return torch.addmm(branch.first.bias, self.reduced[chunk], branch.first.left.T)
+        return _expand(branch.first, self.reduced[chunk])
 
     def second_layer(self, inner: Tensor, rows: Tensor, out: Tensor, chunk: slice) -> None:
         """Writes rows + s * second(inner) to out."""
@@ -112,12 +114,12 @@ class _Forward:
         if self.options.observe_second is not None:
             self.options.observe_second(inner)
         torch.mm(inner, second.basis, out=self.seen_second[chunk])
-        reduced = inner @ second.right.T
         if scale is None:
+            reduced = torch.mm(inner, second.right.T, out=_take("reduced", rows, second.right.shape[0]))
             torch.add(rows, second.bias, out=out).addmm_(reduced, second.left.T)
         else:
-            self.reduced_second[chunk] = reduced
-            torch.addcmul(rows, torch.addmm(second.bias, reduced, second.left.T), scale, out=out)
+            torch.mm(inner, second.right.T, out=self.reduced_second[chunk])
+            torch.addcmul(rows, _expand(second, self.reduced_second[chunk]), scale, out=out)
 
     def keep(self, ctx: Any) -> None:
         """Hands everything to autograd."""
@@ -159,24 +161,23 @@ class _Backward:
         second, scale = self.branch.second, self.branch.scale
         grad = self.rows[chunk]
         if scale is not None and self.scale is not None:
-            output = torch.addmm(second.bias, self.reduced_second[chunk], second.left.T)
+            output = _expand(second, self.reduced_second[chunk])
             self.scale += output.mul_(grad).sum(0)
             grad = torch.mul(grad, scale, out=output)
         self.biases[1].add_(grad.sum(0))
         self.updates[1].addmm_(grad.T, self.seen_second[chunk])
-        return (grad @ second.left) @ second.right
+        return _through(second, grad, "wide gradient")
 
     def first_output(self, chunk: slice) -> Tensor:
         """The first layer's output (m, O), from the thin product that was kept."""
-        first = self.branch.first
-        return torch.addmm(first.bias, self.reduced[chunk], first.left.T)
+        return _expand(self.branch.first, self.reduced[chunk])
 
     def first_layer(self, grad: Tensor, chunk: slice) -> None:
         """Takes the gradient (m, O) of the first layer's output down to the branch's input."""
         first = self.branch.first
         self.biases[0].add_(grad.sum(0))
         self.updates[0].addmm_(grad.T, self.seen[chunk])
-        grad_normal = (grad @ first.left) @ first.right
+        grad_normal = _through(first, grad, "narrow gradient")
         normal = dequantize_rows(self.values[chunk], self.step[chunk])
         inner, gamma, beta = normalization_gradients(grad_normal, normal, self.branch.gamma)
         torch.addcmul(self.rows[chunk], inner, self.rstd[chunk], out=self.grad_x[chunk])
@@ -190,6 +191,22 @@ class _Backward:
         return self.grad_x.reshape(shape), self.gamma, self.beta, self.scale, *layers[0], *layers[1], None
 
 
+def _take(name: str, like: Tensor, width: int) -> Tensor:
+    """A buffer with the rows and the type of `like`."""
+    return workspace.take(name, (len(like), width), like)
+
+
+def _expand(layer: ThinWeights, reduced: Tensor) -> Tensor:
+    """Z L.T + b (m, O), valid until the next call."""
+    return torch.addmm(layer.bias, reduced, layer.left.T, out=_take("wide", reduced, layer.left.shape[0]))
+
+
+def _through(layer: ThinWeights, grad: Tensor, name: str) -> Tensor:
+    """(G L) R (m, I), valid until the next call under that name."""
+    reduced = torch.mm(grad, layer.left, out=_take("reduced", grad, layer.left.shape[1]))
+    return torch.mm(reduced, layer.right, out=_take(name, grad, layer.right.shape[1]))
+
+
 class _MlpBranch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
@@ -197,7 +214,7 @@ class _MlpBranch(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         kept = _Forward(_Branch(tuple(tensors)), rows, options)
         out = torch.empty_like(rows)
-        for chunk in _chunks(len(rows), CHUNK_ROWS):
+        for chunk in _chunks(len(rows), x.shape[-2]):
             inner = torch.ops.aten.gelu_(kept.first_layer(rows[chunk], chunk))
             kept.second_layer(inner, rows[chunk], out[chunk], chunk)
         kept.keep(ctx)
@@ -206,7 +223,7 @@ class _MlpBranch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         work = _Backward(ctx, grads[0])
-        for chunk in _chunks(len(work.rows), CHUNK_ROWS):
+        for chunk in _chunks(len(work.rows), grads[0].shape[-2]):
             grad = work.second_layer(chunk)
             torch.ops.aten.gelu_backward.grad_input(grad, work.first_output(chunk), grad_input=grad)
             work.first_layer(grad, chunk)
@@ -221,7 +238,7 @@ class _AttentionBranch(torch.autograd.Function):
         kept = _Forward(_Branch(tuple(tensors)), rows, options)
         out = torch.empty_like(rows)
         tokens = x.shape[-2]
-        for chunk in _chunks(len(rows), tokens * max(1, CHUNK_ROWS // tokens)):
+        for chunk in _chunks(len(rows), tokens):
             q, k, v = _heads(kept.first_layer(rows[chunk], chunk), tokens, options.heads)
             mixed = F.scaled_dot_product_attention(q, k, v, scale=options.scale)
             kept.second_layer(_tokens(mixed), rows[chunk], out[chunk], chunk)
@@ -233,7 +250,7 @@ class _AttentionBranch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         work = _Backward(ctx, grads[0])
         tokens, heads = ctx.tokens, ctx.options.heads
-        for chunk in _chunks(len(work.rows), tokens * max(1, CHUNK_ROWS // tokens)):
+        for chunk in _chunks(len(work.rows), tokens):
             grad = work.second_layer(chunk).reshape(-1, tokens, heads, work.rows.shape[1] // heads).transpose(1, 2)
             projected = work.first_output(chunk)
             parts = _heads(projected, tokens, heads)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thintune.ops.workspace import workspace
+
 LEVELS = 127
 """Steps of the 8-bit copy on either side of zero."""
 
@@ -31,16 +33,24 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (M, D) int8 and the size of one step (M, 1); |rows - values * step| <= step / 2.
     """
+    values = torch.empty_like(rows, dtype=torch.int8)
+    step = rows.new_empty(len(rows), 1)
+    quantize_rows_into(rows, values, step)
+    return values, step
+
+
+def quantize_rows_into(rows: Tensor, values: Tensor, step: Tensor) -> None:
+    """`quantize_rows` to memory that is there: values (M, D) int8 and step (M, 1)."""
     largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True).clamp_min_(1e-30)
-    step = largest.div_(LEVELS)
-    return (rows / step).round_().to(torch.int8), step
+    torch.div(largest, LEVELS, out=step)
+    values.copy_(torch.div(rows, step, out=workspace.take("narrow", tuple(rows.shape), rows)).round_())
 
 
 def dequantize_rows(values: Tensor, step: Tensor) -> Tensor:
-    """(M, D) back to the type of `step`; a copy that was kept whole has steps of one and comes back as it is."""
+    """(M, D) back to the type of `step`, valid until the next call; a copy that was kept whole comes back as it is."""
     if values.is_floating_point():
         return values
-    return values.to(step.dtype).mul_(step)
+    return workspace.take("narrow", tuple(values.shape), step).copy_(values).mul_(step)
 
 
 def normalization_gradients(

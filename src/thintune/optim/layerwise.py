@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from thintune.nn import SubspaceLinear
+from thintune.nn import FactorLinear, SubspaceLinear
 from thintune.optim.step import ThinStep
 
 
@@ -19,6 +20,10 @@ class _Unit:
 
     name: str
     parameters: list[nn.Parameter]
+    factored: bool
+    """Whether it is a `FactorLinear`."""
+    thin: bool
+    """Whether it is a `SubspaceLinear`."""
     waiting: set[int] = field(default_factory=set)
     """Identities of the parameters whose gradient is not complete yet."""
 
@@ -27,8 +32,12 @@ class LayerwiseStep:
     """Steps every layer as soon as its gradient is complete, and lets go of the gradient at once.
 
     Equal to `optimizer.step()` after the last backward pass, bit for bit, for every optimizer that treats parameters
-    one by one (all of torch's but LBFGS); clipping by the norm of the whole gradient cannot be had this way. The zero
-    updates of all `SubspaceLinear` layers of a shape share one memory: between two steps they hold nothing.
+    one by one (all of torch's but LBFGS); clipping by the norm of the whole gradient cannot be had this way.
+
+    - The zero updates of all `SubspaceLinear` layers of a shape share one memory: between two steps they hold nothing.
+    - Gradients of `torch.optim.SGD` with plain momentum add up in the momentum itself, b <- mu b + g_1 + g_2 + ...,
+      so that there is one buffer a parameter instead of two. Only the order of this sum differs from SGD's own. Not
+      so in a `FactorLinear`, whose gradient is turned before it meets the momentum.
 
     Args:
         model: to train.
@@ -37,6 +46,8 @@ class LayerwiseStep:
         check: called with a layer's name and its gradients before its step; raises where they are no good.
 
     Example:
+        layerwise.begin()
+        ...
         with layerwise.last():  # the micro-batches before were plain: loss.backward()
             loss.backward()
     """
@@ -54,12 +65,27 @@ class LayerwiseStep:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, module in model.named_modules():
             found = [p for p in module.parameters(recurse=False) if id(p) in owned and id(p) not in self._units]
-            unit = _Unit(name, found)
+            unit = _Unit(name, found, isinstance(module, FactorLinear), isinstance(module, SubspaceLinear))
             for parameter in found:
                 self._units[id(parameter)] = unit
                 parameter.register_post_accumulate_grad_hook(self._arrived)
         thin_step.by_layer = True
         _share_updates_(model)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Begins an optimizer step, before its first backward pass."""
+        for group, parameter in self._summed():
+            momentum = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                parameter.grad = momentum.mul_(group["momentum"])
+
+    def _summed(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
+        """The parameters whose gradients add up in their momentum, and their groups."""
+        if type(self._optimizer) is torch.optim.SGD:
+            for group in self._optimizer.param_groups:
+                if group["momentum"] and not (group["nesterov"] or group["dampening"] or group["maximize"]):
+                    yield from ((group, p) for p in group["params"] if not self._units[id(p)].factored)
 
     @contextlib.contextmanager
     def last(self) -> Iterator[None]:
@@ -92,8 +118,17 @@ class LayerwiseStep:
             self._check(unit.name, gradients)
         mine = {id(p) for p in unit.parameters}
         whole = self._optimizer.param_groups
-        parts = [{**group, "params": [p for p in group["params"] if id(p) in mine]} for group in whole]
-        self._optimizer.param_groups = [part for part in parts if part["params"]]
+        self._optimizer.param_groups = [
+            {**group, "params": [p]} for group in whole for p in group["params"] if id(p) in mine
+        ]
+        for part, parameter in list(self._summed()):
+            if parameter.grad is None:
+                continue
+            self._optimizer.state[parameter]["momentum_buffer"] = parameter.grad
+            part["momentum"] = 0.0  # done
+            if not unit.thin:  # an update is zero: ThinStep decays what it stands for, by the rate of its group
+                parameter.grad.add_(parameter, alpha=part["weight_decay"])
+                part["weight_decay"] = 0.0
         try:
             self._optimizer.step()
         finally:

@@ -111,6 +111,8 @@ class Loop:
             group["lr"] = factor * self.config.learning_rate
         total = 0.0
         parts = micro_batches(indices, self.config.micro_batch)
+        if self._layerwise is not None:
+            self._layerwise.begin()
         for number, rows in enumerate(parts):
             images, labels = self.split.images(rows).to(self.device), self.split.labels[rows].to(self.device)
             if measure and self.progress.saved_activation_bytes is None:
