@@ -63,6 +63,8 @@ class ThinConfig:
     """Unlabelled training images of the calibration pass."""
     update_scale: float = 1.0
     """`thin`: factor on every update of the thin layers; 1 keeps the dense learning rate."""
+    factor_dtype: Literal["float32", "bfloat16"] = "float32"
+    """`thin`: type in which the factors are stored; bfloat16 halves them, rounded stochastically at every step."""
     attention: Precision = "lean"
     """`thin`: lean recomputes q, k, v from the kept thin product (exact gradients); exact keeps what PyTorch keeps."""
     activation: Precision = "lean"
@@ -101,7 +103,7 @@ class ModelConfig:
     name: str = "timm:vit_small_patch14_dinov2"
     """Model as `timm:NAME`."""
     checkpoint: str | None = None
-    """Safetensors file of dense weights in timm's names; only the head may be missing."""
+    """Safetensors file of dense weights in timm's names, but for the head; or, for `thin`, folder of a thin checkpoint."""
     pretrained: bool = False
     """Download the pre-trained weights of the name (needs internet)."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -10,9 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 import thintune as tt
 from thintune import costs
+from thintune.config import TrainConfig
 from thintune.convert.structure import describe, rebuild_
 from thintune.measure import SavedActivations
-from thintune.nn import LeanBlock, make_lean_, make_plain_, why_not_lean
+from thintune.nn import LeanBlock, SubspaceLinear, make_lean_, make_plain_, why_not_lean
+from thintune.optim import ThinStep, build_optimizer
 
 DEPTH, WIDTH, HEADS, TOKENS, R = 2, 24, 3, 17, 5
 
@@ -163,3 +165,40 @@ def test_plain_again_and_copies():
     assert type(block) is timm.models.vision_transformer.Block
     assert not hasattr(block, "lean_norm")
     assert type(pickle.loads(pickle.dumps(block))) is type(block)
+
+
+def test_factors_stored_in_bfloat16_train_and_come_back():
+    model = vit()
+    config = tt.ThinConfig(kept=0.5, exclude_modules=("head",), activation_rank=R, factor_dtype="bfloat16")
+    report = tt.convert_(model, config, calibration=[images()])
+    assert report.kept_weight_fraction <= 0.25
+    layers = [m for m in model.modules() if isinstance(m, SubspaceLinear)]
+    assert all(m.left.dtype == m.right.dtype == torch.bfloat16 for m in layers)
+    assert all(m.update.dtype == m.basis.dtype == m.bias.dtype == torch.float32 for m in layers)
+    plain = copy.deepcopy(model)
+    for block in plain.blocks:
+        make_plain_(block)
+    ours, theirs = gradients(model, images()), gradients(plain, images())
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() < 0.02 * gradient.norm(), name
+    optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-2))
+    ThinStep(model, optimizer)
+    before = [m.left.clone() for m in layers]
+    losses = []
+    for _ in range(8):
+        loss = model(images()).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+    assert not all(torch.equal(m.left, b) for m, b in zip(layers, before, strict=True))
+    other = vit()
+    rebuild_(other, describe(model))
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert describe(other) == describe(model)
+    model.eval(), other.eval()
+    with torch.no_grad():
+        assert torch.equal(other(images()), model(images()))
+        tt.merge_(other)
+        torch.testing.assert_close(other(images()), model(images()), rtol=1e-4, atol=1e-4)

@@ -164,6 +164,8 @@ def _convert_thin(
             )
             thin.set_(left, right, None if layer.bias is None else layer.bias + shift)
             thin.start_(basis)
+            if config.factor_dtype == "bfloat16":
+                thin.store_(torch.bfloat16)
             _replace(model, layer, thin)
             yield name, thin, ranks[name], (thin.basis.shape[1],)
             del layer, seen  # the next pass needs the room

@@ -22,7 +22,8 @@ def merge_(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         make_plain_(module)
         if isinstance(module, ThinLinear):
-            weight = module.left @ module.right
+            dtype = module.left.dtype if module.bias is None else module.bias.dtype
+            weight = module.left.to(dtype) @ module.right.to(dtype)
         elif isinstance(module, CompressedLinear):
             weight = module.weight.detach()
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from thintune.convert.selection import freeze_as_, replace_, trains
@@ -27,6 +28,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             }
         if isinstance(module, SubspaceLinear):
             layers[name] |= {"rank": module.rank, "activation_rank": module.basis.shape[1]}
+            if module.left.dtype != module.update.dtype:
+                layers[name]["factor_dtype"] = str(module.left.dtype).removeprefix("torch.")
         elif isinstance(module, FactorLinear):
             layers[name] |= {"rank": module.rank, "compressor": _describe(module.compressor)}
         elif isinstance(module, CompressedLinear):
@@ -52,6 +55,10 @@ def rebuild_(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
         described = arguments.pop("compressor", None)
         if described is not None:
             arguments["compressor"] = TuckerCompressor(described["shape"], described["ranks"])
+        stored = arguments.pop("factor_dtype", None)
         old, new = model.get_submodule(name), kind(**arguments, device="meta")
+        if stored is not None:
+            assert isinstance(new, SubspaceLinear)
+            new.store_(getattr(torch, stored))
         freeze_as_(new, *trains(old))
         replace_(model, old, new)

@@ -6,6 +6,8 @@ M rows (all leading axes of an activation, flattened).
 
 from thintune.linalg.factors import data_aware_factors, input_basis, output_spectrum
 from thintune.linalg.orthonormal import orthonormalize
+from thintune.linalg.rounding import rounded_subspace_step_, stochastic_round_
+from thintune.linalg.sketch import leading_directions
 from thintune.linalg.subspace import subspace_iteration, warm_subspace_step, warm_subspace_step_reference
 from thintune.linalg.svd import rank_for_explained_variance, truncated_svd
 from thintune.linalg.tucker import (
@@ -22,14 +24,17 @@ __all__ = [
     "compress_warm",
     "data_aware_factors",
     "input_basis",
+    "leading_directions",
     "mode_dot",
     "mode_ranks",
     "orthonormalize",
     "output_spectrum",
     "rank_for_explained_variance",
     "reconstruct",
+    "rounded_subspace_step_",
     "sketch",
     "st_hosvd",
+    "stochastic_round_",
     "subspace_iteration",
     "truncated_svd",
     "unfold",

@@ -56,18 +56,21 @@ def warm_subspace_step(left: Tensor, right: Tensor, step: Tensor, basis: Tensor)
     Returns:
         The new left (O, K) with orthonormal columns and right (K, I).
     """
-    moved = torch.addmm(right, left.T @ step, basis.T)
-    if left.shape[0] == left.shape[1]:
-        return left, moved  # a square basis spans everything: only the coordinates move
-    towards = basis.T @ moved.T
-    gram = (right @ moved.T).double()
-    del moved
-    coefficients = _solve_right(towards.double(), gram).to(step.dtype)
+    if left.shape[0] == left.shape[1]:  # a square basis spans everything: only the coordinates move
+        return left, torch.addmm(right, left.T @ step, basis.T)
+    coefficients = step_coefficients(left, right, step, basis)
     if bool(torch.isfinite(coefficients).all()):
         turned = orthonormalize_near_(torch.addmm(left, step, coefficients))
     else:  # right and moved have nothing in common, as where the weight is zero: the iteration itself, not scaled
-        turned = orthonormalize(torch.addmm(left @ gram.to(step.dtype), step, towards))
+        moved = torch.addmm(right, left.T @ step, basis.T)
+        turned = orthonormalize(torch.addmm(left @ (right @ moved.T), step, basis.T @ moved.T))
     return turned, ((turned.T @ left) @ right).addmm_(turned.T @ step, basis.T)
+
+
+def step_coefficients(left: Tensor, right: Tensor, step: Tensor, basis: Tensor) -> Tensor:
+    """(basis.T moved.T) (right moved.T)^-1 (r, K): how far left turns towards the step; not finite where it cannot."""
+    moved = torch.addmm(right, left.T @ step, basis.T)
+    return _solve_right((basis.T @ moved.T).double(), (right @ moved.T).double()).to(step.dtype)
 
 
 def orthonormalize_near_(matrix: Tensor, chunk_rows: int = 512) -> Tensor:

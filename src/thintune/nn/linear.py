@@ -66,7 +66,8 @@ class ThinLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (..., I) to (..., O)."""
-        return F.linear(F.linear(input, self.right), self.left, self.bias)
+        right, left = self.right.to(input.dtype), self.left.to(input.dtype)  # stored factors may be narrower
+        return F.linear(F.linear(input, right), left, self.bias)
 
     def training_only(self) -> set[str]:
         """Names of the tensors that inference does not need."""
@@ -127,10 +128,18 @@ class SubspaceLinear(ThinLinear):
         self._captured: Tensor | None = None
 
     @torch.no_grad()
+    def store_(self, dtype: torch.dtype) -> None:
+        """Keeps the factors in another type; computations, update, basis and bias stay in the layer's own."""
+        for name in ("left", "right"):
+            factor = getattr(self, name)
+            setattr(self, name, nn.Parameter(factor.to(dtype).contiguous(), requires_grad=False))
+
+    @torch.no_grad()
     def start_(self, basis: Tensor) -> None:
         """Takes over a basis (I, r) and sets the update to zero."""
-        self.basis = basis.to(self.left.dtype)
-        self.update = nn.Parameter(basis.new_zeros(self.out_features, basis.shape[1], dtype=self.left.dtype))
+        self.basis = basis.to(self.update.dtype)
+        update = basis.new_zeros(self.out_features, basis.shape[1], dtype=self.update.dtype)
+        self.update = nn.Parameter(update, requires_grad=self.update.requires_grad)
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (..., I) to (..., O)."""

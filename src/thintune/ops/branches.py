@@ -69,8 +69,21 @@ class _Branch:
     """The tensors of one branch, by name."""
 
     def __init__(self, tensors: tuple[Any, ...]) -> None:
+        self.tensors = tensors
         self.gamma, self.beta, self.scale = tensors[:3]
-        self.first, self.second = ThinWeights(*tensors[3:8]), ThinWeights(*tensors[8:13])
+        self.first = _widened("first", ThinWeights(*tensors[3:8]))
+        self.second = _widened("second", ThinWeights(*tensors[8:13]))
+
+
+def _widened(name: str, layer: ThinWeights) -> ThinWeights:
+    """The layer with factors in the type it computes in, valid until the next call under that name."""
+    if layer.left.dtype == layer.bias.dtype:
+        return layer
+    left, right = (
+        workspace.take(f"{name} {part}", tuple(tensor.shape), layer.bias).copy_(tensor)
+        for part, tensor in (("left", layer.left), ("right", layer.right))
+    )
+    return layer._replace(left=left, right=right)
 
 
 def _chunks(rows: int, tokens: int) -> Iterator[slice]:
@@ -133,11 +146,7 @@ class _Forward:
             self.seen,
             self.seen_second,
             self.reduced_second,
-            b.gamma,
-            b.beta,
-            b.scale,
-            *b.first,
-            *b.second,
+            *b.tensors,
         )
 
 

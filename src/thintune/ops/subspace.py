@@ -14,8 +14,8 @@ class _SubspaceLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, update: Tensor, basis: Tensor
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        reduced = rows @ right.T
-        output = torch.addmm(bias, reduced, left.T) if bias is not None else reduced @ left.T
+        reduced, wide = rows @ right.to(x.dtype).T, left.to(x.dtype)
+        output = torch.addmm(bias, reduced, wide.T) if bias is not None else reduced @ wide.T
         ctx.save_for_backward(rows @ basis if ctx.needs_input_grad[4] else None, left, right)
         ctx.has_bias = bias is not None
         return output.reshape(*x.shape[:-1], left.shape[0])
@@ -26,7 +26,10 @@ class _SubspaceLinear(torch.autograd.Function):
         kept, left, right = ctx.saved_tensors
         need_x, _, _, need_bias, need_update, _ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = ((rows @ left) @ right).reshape(*grad.shape[:-1], right.shape[1]) if need_x else None
+        grad_x = None
+        if need_x:
+            reduced = rows @ left.to(grad.dtype)
+            grad_x = (reduced @ right.to(grad.dtype)).reshape(*grad.shape[:-1], right.shape[1])
         grad_bias = rows.sum(0) if ctx.has_bias and need_bias else None
         grad_update = rows.T @ kept if need_update else None
         return grad_x, None, None, grad_bias, grad_update, None
@@ -42,8 +45,8 @@ def subspace_linear(
 
     Args:
         x: (..., I).
-        left: (O, K), takes no gradient.
-        right: (K, I), takes no gradient.
+        left: (O, K), takes no gradient; may be stored in a narrower type than x.
+        right: (K, I), takes no gradient; likewise.
         bias: (O,) or None.
         update: (O, r), all zeros; its value is not read.
         basis: U (I, r), orthonormal columns, takes no gradient.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thintune.linalg import orthonormalize, warm_subspace_step
+from thintune.linalg import orthonormalize, rounded_subspace_step_, warm_subspace_step
 from thintune.nn import FactorLinear, SubspaceLinear, TuckerCompressor
 
 _ADAPTIVE = (
@@ -122,15 +122,18 @@ class ThinStep:
 
     def _fold(self, layer: SubspaceLinear, group: dict[str, Any]) -> None:
         decay = float(group.get("lr", 0.0)) * float(group.get("weight_decay", 0.0))
-        if decay:
-            layer.right.mul_(1 - decay)
         scale = self.update_scale
         if self._adaptive:
             scale *= math.sqrt(layer.in_features / layer.update.shape[1])
         layer.update.mul_(scale)
-        left, right = warm_subspace_step(layer.left, layer.right, layer.update, layer.basis)
-        layer.left.copy_(left)
-        layer.right.copy_(right)
+        if layer.left.dtype != layer.update.dtype:
+            rounded_subspace_step_(layer.left, layer.right, layer.update, layer.basis, decay)
+        else:
+            if decay:
+                layer.right.mul_(1 - decay)
+            left, right = warm_subspace_step(layer.left, layer.right, layer.update, layer.basis)
+            layer.left.copy_(left)
+            layer.right.copy_(right)
         layer.update.zero_()
 
 
