@@ -1,6 +1,4 @@
-"""Factors stored in bfloat16: rounding that loses no small step on average, and a step whose right factor makes up
-for the rounding of the left one.
-"""
+"""Factors stored in bfloat16: no small step is lost on average, and right makes up for the rounding of left."""
 
 from __future__ import annotations
 
