@@ -2,7 +2,7 @@
 
 from thintune import measure
 from thintune.config import ThinConfig
-from thintune.convert import convert_, merge_
+from thintune.convert import convert_, make_trainable_, merge_
 from thintune.io import load_checkpoint_, save_checkpoint
 from thintune.optim import ThinStep
 
@@ -12,6 +12,7 @@ __all__ = [
     "__version__",
     "convert_",
     "load_checkpoint_",
+    "make_trainable_",
     "measure",
     "merge_",
     "save_checkpoint",

@@ -103,7 +103,7 @@ class ModelConfig:
     name: str = "timm:vit_small_patch14_dinov2"
     """Model as `timm:NAME`."""
     checkpoint: str | None = None
-    """Safetensors file of dense weights in timm's names, but for the head; or, for `thin`, folder of a thin checkpoint."""
+    """Safetensors file of dense weights in timm's names, but for the head; `thin`: or folder of a thin checkpoint."""
     pretrained: bool = False
     """Download the pre-trained weights of the name (needs internet)."""
     options: dict[str, Any] = field(default_factory=dict)

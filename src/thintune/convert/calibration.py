@@ -59,16 +59,16 @@ class Moments:
         return self.second - torch.outer(self.mean, self.mean)
 
 
-def checked_batches(calibration: Iterable[Any] | None) -> list[Any]:
-    """Materialises the calibration batches.
+def checked_batches(calibration: Iterable[Any] | None) -> Sequence[Any]:
+    """The calibration batches, for several passes: a sequence as it is, which may make its batches when asked.
 
     Raises:
         ConversionError: none given, an empty iterable, or a tensor that is no list of batches.
     """
     if isinstance(calibration, Tensor):
         raise ConversionError("calibration: expected a list of batches, got one tensor; pass calibration=[images].")
-    batches = [] if calibration is None else list(calibration)
-    if not batches:
+    batches = calibration if isinstance(calibration, Sequence) else list(() if calibration is None else calibration)
+    if not len(batches):
         raise ConversionError(
             "calibration: expected at least one batch of inputs, got none; pass calibration=[images, ...] "
             "(labels are not needed)."

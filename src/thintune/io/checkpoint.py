@@ -101,6 +101,12 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(stored)
 
 
+def find_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint folder, or the one inside a run's folder."""
+    inner = path / "checkpoint"
+    return read_checkpoint(inner if inner.is_dir() else path)
+
+
 def _is_layer(spec: Any) -> bool:
     if not isinstance(spec, dict) or spec.keys() != {"in_features", "out_features", "rank", "bias"}:
         return False

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from thintune.config import DataConfig, ModelConfig, RunConfig
-from thintune.convert import ConversionReport, convert_
+from thintune.convert import ConversionReport, convert_, make_trainable_
 from thintune.convert.selection import matches, select
 from thintune.convert.structure import rebuild_
 from thintune.data import Normalization, Split, Splits, load_splits
@@ -19,6 +20,7 @@ from thintune.errors import ConfigError
 from thintune.planning.perplexity import perplexity_table, plan_activations
 from thintune.train.lora import import_peft, inject_lora_
 from thintune.train.models import build_model, classifier_name, import_timm
+from thintune.train.thin_start import load_thin, thin_folder
 
 
 def import_libraries(config: RunConfig) -> None:
@@ -61,6 +63,11 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
         The model, and what the conversion did, or None for `dense` and `lora`.
     """
     torch.manual_seed(config.train.seed)
+    folder = thin_folder(config)
+    if folder is not None:
+        model = load_thin(config, folder, splits.classes).to(config.device)
+        batches = calibration_batches(config, splits.train)
+        return model, make_trainable_(model, config.thin, calibration=batches, seed=config.train.seed)
     model = build_model(config.model, splits.classes, config.data.image_size).to(config.device)
     head = classifier_name(model)
     if config.method == "dense":
@@ -80,15 +87,35 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
     return model, report
 
 
-def calibration_batches(config: RunConfig, split: Split) -> list[Tensor]:
+class CalibrationImages(Sequence[Tensor]):
+    """Batches of the first images of a split, each made when it is asked for.
+
+    Args:
+        split: unlabelled images are taken from it.
+        count: of images.
+        size: of a batch.
+        device: on which batches are put.
+    """
+
+    def __init__(self, split: Split, count: int, size: int, device: str) -> None:
+        self._split, self._device = split, device
+        self._rows = torch.arange(count).split(size)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._split.images(self._rows[index]).to(self._device)
+
+
+def calibration_batches(config: RunConfig, split: Split) -> CalibrationImages:
     """Unlabelled training images: one micro-batch for Tucker ranks, `calibration_images` for `thin`."""
     size = config.train.micro_batch or config.train.batch_size
     count = min(config.thin.calibration_images, len(split))
     if config.method in ("asi", "wasi"):
         count = size = min(size, len(split))
     size = min(size, 32) if config.method == "thin" else size
-    rows = torch.arange(count)
-    return [split.images(rows[i : i + size]).to(config.device) for i in range(0, count, size)]
+    return CalibrationImages(split, count, size, config.device)
 
 
 def rebuild(config: RunConfig, classes: int, layers: dict[str, dict[str, Any]]) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 
 from thintune.config import RunConfig, from_dict
 from thintune.errors import CheckpointError
-from thintune.io import Checkpoint, load_checkpoint_, read_checkpoint
+from thintune.io import Checkpoint, find_checkpoint, load_checkpoint_
 from thintune.train.evaluate import evaluate
 from thintune.train.models import build_model
 from thintune.train.prepare import check_device, load_data
@@ -26,12 +26,6 @@ class CheckpointResult:
     images: int
     images_per_s: float
     checkpoint_bytes: int
-
-
-def find_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint folder, or the one inside a run's folder."""
-    inner = path / "checkpoint"
-    return read_checkpoint(inner if inner.is_dir() else path)
 
 
 def reload(checkpoint: Checkpoint) -> tuple[nn.Module, RunConfig]:
