@@ -3,6 +3,7 @@
 What could not be measured is `None`, never 0.
 """
 
+from thintune.measure import provenance
 from thintune.measure.activations import SavedActivations
 from thintune.measure.allocator import release_free_memory
 from thintune.measure.flops import count_flops
@@ -17,6 +18,7 @@ __all__ = [
     "interleave",
     "median_and_iqr",
     "peak_rss_bytes",
+    "provenance",
     "release_free_memory",
     "reset_peak_rss",
     "rss_bytes",

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import os
-import platform
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -26,7 +19,7 @@ from thintune.convert import ConversionReport
 from thintune.data import Splits
 from thintune.errors import ConfigError, DataError, ThintuneError
 from thintune.io import prepare_directory, save_checkpoint, write_text
-from thintune.measure import median_and_iqr, peak_rss_bytes, release_free_memory, rss_bytes
+from thintune.measure import median_and_iqr, peak_rss_bytes, provenance, release_free_memory, rss_bytes
 from thintune.optim import ThinStep, build_optimizer
 from thintune.records import RunRecord
 from thintune.train.evaluate import evaluate
@@ -284,47 +277,12 @@ def _new_record(config: RunConfig, *, resumed: bool) -> RunRecord:
         resumed=resumed,
         threads=torch.get_num_threads(),
         device=config.device,
-        versions=_versions(),
-        command=_command(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        git_commit=_git_commit(),
+        versions=provenance.versions(),
+        command=provenance.command(),
+        date=provenance.date(),
+        git_commit=provenance.git_commit(),
         config=to_dict(config),
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("thintune", "torch", "timm", "torchvision", "peft"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def _command() -> str:
-    """The command as a shell would take it again."""
-    program = Path(sys.argv[0]).name
-    return shlex.join([*(["python", "-m", "thintune"] if program == "__main__.py" else [program]), *sys.argv[1:]])
-
-
-def _git_commit() -> str | None:
-    """Commit of the source tree the package runs from, or None: a repository around site-packages is not meant."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        _git("ls-files", "--error-unmatch", Path(__file__).name)
-        return _git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") or None
-    return None
-
-
-def _git(*words: str) -> str:
-    found = subprocess.run(
-        ["git", *words],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=True,
-        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-    )
-    return found.stdout.strip()
 
 
 @contextlib.contextmanager
