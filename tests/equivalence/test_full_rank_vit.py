@@ -15,8 +15,12 @@ from thintune.nn import CompressedLinear, FactorLinear, SubspaceLinear, ThinLine
 timm = pytest.importorskip("timm")
 
 FULL = 48
-ALL = tt.ThinConfig(rank=FULL, activation_rank=10_000, activation_explained_variance=1.0, exclude_modules=("head",))
-THIN = tt.ThinConfig(rank=9, activation_rank=7, activation_explained_variance=0.6, exclude_modules=("head",))
+ALL = tt.ThinConfig(
+    norm="exact", rank=FULL, activation_rank=10_000, activation_explained_variance=1.0, exclude_modules=("head",)
+)
+THIN = tt.ThinConfig(
+    norm="exact", rank=9, activation_rank=7, activation_explained_variance=0.6, exclude_modules=("head",)
+)
 METHODS = ["thin", "wsi", "wasi", "asi"]
 
 
@@ -133,7 +137,7 @@ def test_inference_meets_no_autograd_function(dense, method, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("an autograd function ran")
 
-    for name in ("subspace_linear", "factor_linear", "compressed_linear"):
+    for name in ("subspace_linear", "factor_linear", "compressed_linear", "attention_branch", "mlp_branch"):
         monkeypatch.setattr(f"thintune.ops.{name}", refuse)
     with pytest.raises(AssertionError, match="an autograd function ran"):
         dense(images(2))  # the guard works
@@ -190,7 +194,7 @@ def test_a_swin_transformer_trains_through_windows_and_images(method, pattern, r
     ).double()
     dense = copy.deepcopy(swin)
     config = tt.ThinConfig(
-        rank=rank, activation_rank=10_000, activation_explained_variance=1.0, include_modules=(pattern,)
+        norm="exact", rank=rank, activation_rank=10_000, activation_explained_variance=1.0, include_modules=(pattern,)
     )
     report = tt.convert_(swin, config, method=method, calibration=[images(1)])
     seen: set[int] = set()
