@@ -1,0 +1,198 @@
+"""Closed-form memory of training a whole vision transformer: what lives at the peak of a step, term by term.
+
+The model is a pre-norm ViT of `depth` blocks (norm, qkv, attention, proj; norm, fc1, GELU, fc2) with a patch
+embedding, a class token, a final norm and a linear head, trained in float32 with SGD and momentum.
+
+Legend: B images of one micro-batch, N tokens, D width, H hidden width, c classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from thintune.costs.linear import FLOAT_BYTES, lean_branch_saved_bytes
+
+RUNTIME_BYTES = 30_000_000
+"""What the first steps of any run add beyond tensors: pages of the libraries' code, packing buffers of the matrix
+products. Measured on x86 with two threads, where importing alone is the baseline."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer."""
+
+    in_features: int
+    out_features: int
+    rank: int | None = None
+    """K of a thin layer, None for a dense one."""
+
+
+@dataclass(frozen=True)
+class VitShape:
+    """Sizes of a vision transformer."""
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    image_size: int
+    patch_size: int
+    classes: int
+    channels: int = 3
+
+    @property
+    def tokens(self) -> int:
+        """N: patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def layers(self) -> tuple[Layer, Layer, Layer, Layer]:
+        """Qkv, proj, fc1 and fc2 of a block, dense."""
+        d, h = self.width, self.hidden
+        return Layer(d, 3 * d), Layer(d, d), Layer(d, h), Layer(h, d)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the blocks' linear layers."""
+        return self.depth * sum(layer.in_features * layer.out_features for layer in self.layers)
+
+    @property
+    def other_parameters(self) -> int:
+        """Everything else: biases, norms, patch embedding, positional table, class token, head."""
+        d = self.width
+        block = sum(layer.out_features for layer in self.layers) + 4 * d
+        patches = self.channels * self.patch_size**2 * d + d
+        return self.depth * block + patches + (self.tokens + 1) * d + 2 * d + (d + 1) * self.classes
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return self.linear_parameters + self.other_parameters
+
+
+def dense_block_saved_values(shape: VitShape, adapter_rank: int = 0) -> int:
+    """Values an image that autograd keeps in one block: N (8 D + 2 H + heads + 4 + 4 r).
+
+    Inputs of both norms, of qkv, proj, fc1, GELU and fc2, then q, k, v; a log-sum a head, mean and 1 / std of the norms,
+    and the inner values of four LoRA adapters of rank r.
+    """
+    return shape.tokens * (8 * shape.width + 2 * shape.hidden + shape.heads + 4 + 4 * adapter_rank)
+
+
+def outer_saved_values(shape: VitShape) -> int:
+    """Values an image kept outside the blocks: the image, input and output of the final norm, its mean and 1 / std."""
+    return shape.channels * shape.image_size**2 + shape.tokens * (2 * shape.width + 2)
+
+
+def saved_bytes(
+    shape: VitShape, images: int, *, checkpointing: bool = False, adapter_rank: int = 0, trains_input: bool = True
+) -> int:
+    """Bytes that autograd keeps for `images` of a dense model or one with LoRA adapters.
+
+    With checkpointing it is the input of every block, and one block at a time in full.
+    """
+    block = dense_block_saved_values(shape, adapter_rank)
+    blocks = shape.depth * shape.tokens * shape.width + block if checkpointing else shape.depth * block
+    outer = outer_saved_values(shape) - (0 if trains_input else shape.channels * shape.image_size**2)
+    return FLOAT_BYTES * images * (outer + blocks)
+
+
+def _gradient_scratch_bytes(shape: VitShape, images: int) -> int:
+    """Two gradients as wide as the hidden layer, and two as wide as the model."""
+    return FLOAT_BYTES * images * shape.tokens * 2 * (shape.hidden + shape.width)
+
+
+def dense_peak_bytes(
+    shape: VitShape,
+    micro_batch: int,
+    batch_size: int,
+    *,
+    optimizer_in_backward: bool = False,
+    checkpointing: bool = False,
+) -> int:
+    """Peak above the imported libraries of dense training.
+
+    Weights and momentum live throughout. Gradients do where micro-batches add up; in one piece they grow only as
+    activations go, and with the optimizer in the backward pass there is one at a time.
+    """
+    weights = FLOAT_BYTES * shape.parameters
+    saved = saved_bytes(shape, micro_batch, checkpointing=checkpointing)
+    working = saved + _gradient_scratch_bytes(shape, micro_batch)
+    if optimizer_in_backward:
+        largest = FLOAT_BYTES * max(layer.in_features * layer.out_features for layer in shape.layers)
+        return RUNTIME_BYTES + 2 * weights + working + largest
+    if micro_batch < batch_size:
+        return RUNTIME_BYTES + 3 * weights + working
+    return RUNTIME_BYTES + 2 * weights + max(working, weights)
+
+
+def lora_peak_bytes(shape: VitShape, micro_batch: int, rank: int, *, checkpointing: bool = False) -> int:
+    """Peak above the imported libraries of LoRA on every linear layer of the blocks, the head trained too."""
+    adapters = shape.depth * sum(rank * (layer.in_features + layer.out_features) for layer in shape.layers)
+    trained = adapters + (shape.width + 1) * shape.classes
+    saved = saved_bytes(shape, micro_batch, checkpointing=checkpointing, adapter_rank=rank, trains_input=False)
+    state = FLOAT_BYTES * (shape.parameters + adapters + 2 * trained)
+    return RUNTIME_BYTES + state + saved + _gradient_scratch_bytes(shape, micro_batch)
+
+
+def thin_ranks(shape: VitShape, kept: float) -> tuple[int, ...]:
+    """Ranks that keep the same share of every layer: K = kept I O / (I + O)."""
+    return tuple(
+        max(1, int(kept * layer.in_features * layer.out_features / (layer.in_features + layer.out_features)))
+        for layer in shape.layers
+    )
+
+
+def lean_saved_bytes(shape: VitShape, images: int, ranks: Sequence[int], activation_rank: int) -> int:
+    """Bytes that lean blocks of thin layers keep; `ranks` are those of qkv, proj, fc1 and fc2, the same in every block."""
+    rows, r = images * shape.tokens, activation_rank
+    branches = (lean_branch_saved_bytes(rows, shape.width, ranks[i], r, r) for i in (0, 2))
+    return shape.depth * sum(branches) + FLOAT_BYTES * images * outer_saved_values(shape)
+
+
+def lean_scratch_bytes(shape: VitShape, ranks: Sequence[int], chunk_rows: int = 256) -> int:
+    """Buffers of one chunk: two of the widest layer, two of the model's width, one of the largest rank; attention's own.
+
+    A chunk is as many whole images as fit into `chunk_rows` rows, and one at least.
+    """
+    rows = shape.tokens * max(1, chunk_rows // shape.tokens)
+    wide = max(shape.hidden, 3 * shape.width)
+    attention = 5 * shape.width
+    return FLOAT_BYTES * rows * (wide + shape.hidden + 2 * shape.width + max(ranks) + attention)
+
+
+def fold_scratch_bytes(shape: VitShape, ranks: Sequence[int]) -> int:
+    """K max(I, O) values and two K x K matrices in float64 of the layer where that is most."""
+    return max(
+        FLOAT_BYTES * k * max(layer.in_features, layer.out_features) + 16 * k * k
+        for layer, k in zip(shape.layers, ranks, strict=True)
+    )
+
+
+def thin_peak_bytes(
+    shape: VitShape,
+    micro_batch: int,
+    ranks: Sequence[int],
+    activation_rank: int,
+    *,
+    factor_dtype: Literal["float32", "bfloat16"] = "float32",
+) -> int:
+    """Peak above the imported libraries of `thin` with lean blocks, SGD with momentum and layer-wise updates.
+
+    Factors, bases, the momentum that gathers the gradients, everything that is not thin three times over (weights,
+    momentum, and gradients of one layer at a time), and what is kept of one micro-batch.
+    """
+    r = activation_rank
+    factors = shape.depth * sum(k * (a.in_features + a.out_features) for a, k in zip(shape.layers, ranks, strict=True))
+    bases = shape.depth * r * sum(layer.in_features for layer in shape.layers)
+    momentum = shape.depth * r * sum(layer.out_features for layer in shape.layers)
+    width = 2 if factor_dtype == "bfloat16" else FLOAT_BYTES
+    widened = 0
+    if factor_dtype == "bfloat16":
+        pairs = [k * (a.in_features + a.out_features) for a, k in zip(shape.layers, ranks, strict=True)]
+        widened = FLOAT_BYTES * sum(max(pairs[i], pairs[i + 2]) for i in (0, 1))
+    state = width * factors + FLOAT_BYTES * (bases + momentum + 2 * shape.other_parameters)
+    working = lean_saved_bytes(shape, micro_batch, ranks, r) + lean_scratch_bytes(shape, ranks)
+    return RUNTIME_BYTES + state + widened + working + fold_scratch_bytes(shape, ranks)
