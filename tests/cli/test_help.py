@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from thintune.cli.parser import eval_parser, train_parser
+from thintune.cli.parser import bench_cost_parser, eval_parser, train_parser
 from thintune.config import DataConfig, LoraConfig, ModelConfig, RunConfig, ThinConfig, TrainConfig
 
 PARTS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "thin": ThinConfig, "lora": LoraConfig}
@@ -19,7 +19,7 @@ def settings():
             yield field.name
 
 
-@pytest.mark.parametrize("parser", [train_parser, eval_parser])
+@pytest.mark.parametrize("parser", [train_parser, eval_parser, bench_cost_parser])
 def test_every_flag_has_a_sentence_of_help(parser):
     silent = []
     for action in parser()._actions:
@@ -52,7 +52,7 @@ def test_every_setting_is_a_flag_with_the_text_of_its_docstring(thintune):
 
 def test_the_first_page_names_the_commands_and_exit_codes(thintune):
     code, output, err = thintune("--help")
-    assert code == 0 and err == "" and all(word in output for word in ("train", "eval", "--version", "130"))
+    assert code == 0 and err == "" and all(word in output for word in ("train", "eval", "bench", "--version", "130"))
     assert thintune("-h")[1] == output
     code, usage, _ = thintune()
     assert code == 2 and usage == output

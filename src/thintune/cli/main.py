@@ -14,6 +14,7 @@ Fine-tune transformers where memory is scarce.
 commands:
   train   fine-tune a model: dense, or thin in one of several ways, or with LoRA
   eval    measure a checkpoint on its test split
+  bench   measure what training takes: `thintune bench cost`
 
 `thintune COMMAND --help` lists the flags of a command; `thintune --version` prints the version.
 Exit codes: 0 done, 2 bad input or a failed run (one line says why), 130 interrupted (the state is saved)."""
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     commands = _commands()
     if words[0] not in commands:
-        return _fail(f"{words[0]}: unknown command, expected train or eval.{nearest(words[0], commands)}")
+        known = ", ".join(commands)
+        return _fail(f"{words[0]}: unknown command, expected one of {known}.{nearest(words[0], commands)}")
     try:
         return commands[words[0]](words[1:])
     except ThintuneError as error:
@@ -76,4 +78,9 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
 
         return run(words)
 
-    return {"train": train, "eval": evaluate}
+    def bench(words: Sequence[str]) -> int:
+        from thintune.cli.bench import run
+
+        return run(words)
+
+    return {"train": train, "eval": evaluate, "bench": bench}

@@ -22,6 +22,12 @@ methods:
   lora   adapters on every linear layer (peft)
   dense  every weight"""
 
+BENCH_COST_HELP = """Measure what training really takes: a row a way to take the same step, each in a fresh process.
+
+The rows: dense, LoRA and GaLore in plain PyTorch with micro-batches, checkpointing and the optimizer in the backward
+pass; asi, wsi, wasi and thin. OUT/table.md and OUT/table.json hold medians and spread, OUT/cells one JSON a process; a
+process that has ended is not run again. docs/bench_cost.md says what is measured and how."""
+
 EVAL_HELP = "Measure a checkpoint on the test split of the data it was trained on."
 
 
@@ -89,6 +95,20 @@ def train_parser() -> Parser:
     parser.add_argument("--resume", action="store_true", help="Continue the run in OUT bit for bit, with its settings.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an earlier run in OUT.")
     parser.add_class_arguments(RunConfig, None, fail_untyped=True)
+    return parser
+
+
+def bench_cost_parser() -> Parser:
+    """Parser of `thintune bench cost`."""
+    from thintune.bench.settings import CostSettings
+
+    parser = Parser(
+        prog="thintune bench cost", description=BENCH_COST_HELP, formatter_class=_Formatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below; flags win.")
+    parser.add_argument("--out", type=str, default=None, help="Folder of the bench, made if need be.")
+    parser.add_argument("--list", action="store_true", help="Print the selected rows and do nothing else.")
+    parser.add_class_arguments(CostSettings, None, fail_untyped=True)
     return parser
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks whose every row runs in a fresh process."""
