@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thintune.linalg import data_aware_factors, input_basis, output_spectrum, truncated_svd
+from thintune.linalg import data_aware_factors, factors, input_basis, output_spectrum, truncated_svd
 
 
 def setting(o, i, seed):
@@ -64,3 +64,30 @@ def test_the_input_basis_holds_the_leading_directions():
     basis = input_basis(x.T @ x / 100, 3)
     best = torch.linalg.svdvals(x)[:3].square().sum()
     assert abs((x @ basis).square().sum() - best) < 1e-8 * best
+
+
+@pytest.mark.parametrize(("o", "i"), [(5, 8), (8, 5), (7, 7)])
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_pieces_and_ridge_are_those_of_the_whole(o, i, ridge, monkeypatch):
+    weight, _, mean, covariance = setting(o, i, 3)
+    spread = covariance + ridge * torch.eye(i, dtype=torch.float64)
+    expected = torch.linalg.eigvalsh(weight @ spread @ weight.T).flip(0)[: min(o, i)]
+    whole = data_aware_factors(weight, spread, mean, 3)
+    monkeypatch.setattr(factors, "_PIECE", 3)
+    assert (output_spectrum(weight, covariance, ridge) - expected).abs().max() < 1e-12 * expected[0]
+    left, right, shift = data_aware_factors(weight, covariance, mean, 3, ridge)
+    assert (left @ right - whole[0] @ whole[1]).abs().max() < 1e-10
+    assert (shift - whole[2]).abs().max() < 1e-10
+
+
+def test_a_large_input_basis_is_nearly_the_best(monkeypatch):
+    scales = torch.arange(1, 61, dtype=torch.float64) ** -0.7
+    x = torch.randn(300, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * scales
+    second = x.T @ x / 300
+    monkeypatch.setattr(factors, "_EXACT_FEATURES", 40)
+    basis = input_basis(second, 8)
+    assert (basis.T @ basis - torch.eye(8)).abs().max() < 1e-12
+    best = torch.linalg.eigvalsh(second)[-8:].sum()
+    assert 0.999 * best < (basis.T @ second @ basis).trace() <= best
+    assert torch.equal(basis, input_basis(second, 8))
+    assert input_basis(second.float(), 8).dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,16 @@ from torch import Tensor, nn
 from thintune.errors import ConversionError
 
 
-class _Enough(Exception):  # noqa: N818 - ends a forward pass early, not an error
+class Enough(Exception):  # noqa: N818 - ends a forward pass early, not an error
     """Raised inside a forward pass once the last observed layer has been reached."""
+
+
+@dataclass
+class Call:
+    """Arguments of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass
@@ -77,13 +86,28 @@ def checked_batches(calibration: Iterable[Any] | None) -> Sequence[Any]:
 
 
 def run(model: nn.Module, batch: Any) -> None:
-    """One forward pass; a tuple or a dict is unpacked into arguments."""
-    if isinstance(batch, Mapping):
+    """One forward pass; a call, a tuple or a dict is unpacked into arguments."""
+    if isinstance(batch, Call):
+        model(*batch.args, **batch.kwargs)
+    elif isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, tuple | list):
         model(*batch)
     else:
         model(batch)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and records no gradients; it gets its modes back, module by module."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def observe(
@@ -102,26 +126,22 @@ def observe(
             visit(name, inputs[0].detach())
             missing.discard(name)
             if not missing:
-                raise _Enough
+                raise Enough
 
         return before
 
-    modes = {m: m.training for m in model.modules()}
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             for batch in batches:
                 missing = set(layers)
                 try:
                     run(model, batch)
-                except _Enough:
+                except Enough:
                     continue
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def moments(model: nn.Module, layers: dict[str, nn.Linear], batches: Sequence[Any]) -> dict[str, Moments]:
@@ -160,16 +180,22 @@ def groups(layers: dict[str, nn.Linear], limit_bytes: int = 64 << 20) -> Iterato
     yield group
 
 
+def block_of(name: str) -> str:
+    """A layer's name up to its first number, `blocks.3`; the whole name where it has none."""
+    parts = name.split(".")
+    digits = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: digits[0] + 1]) if digits else name
+
+
 def blocks(layers: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
-    """Cuts the layers, in order, into runs that share a block: the name up to its first number, `blocks.3`."""
+    """Cuts the layers, in order, into runs that share a block."""
     group: dict[str, nn.Linear] = {}
     current: str | None = None
     for name, layer in layers.items():
-        parts = name.split(".")
-        digits = [i for i, part in enumerate(parts) if part.isdigit()]
-        key = ".".join(parts[: digits[0] + 1]) if digits else name
+        key = block_of(name)
         if group and key != current:
             yield group
             group = {}
         group[name], current = layer, key
-    yield group
+    if group:
+        yield group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from thintune.config import METHODS, Method, ThinConfig
 from thintune.convert.activations import tucker_compressors
-from thintune.convert.calibration import Moments, blocks, checked_batches, groups, moments, rows_seen
+from thintune.convert.calibration import checked_batches
+from thintune.convert.data_aware import Converted, convert_data_aware
 from thintune.convert.lean import make_blocks_lean_
 from thintune.convert.ranks import choose_ranks
 from thintune.convert.report import ConversionReport, LayerReport
-from thintune.convert.selection import freeze_as_, replace_, select, trains
+from thintune.convert.selection import put_, select
+from thintune.convert.weights import DenseLayers, WeightSource
 from thintune.errors import ConfigError, ConversionError, nearest
-from thintune.linalg import data_aware_factors, input_basis, output_spectrum, truncated_svd
-from thintune.nn import CompressedLinear, FactorLinear, SubspaceLinear, ThinLinear, TuckerCompressor
+from thintune.linalg import truncated_svd
+from thintune.nn import CompressedLinear, FactorLinear, ThinLinear, TuckerCompressor
 
-UNSEEN = 1e-6
-"""Variance given to every input direction, as a share of the mean variance."""
 _CONVERTIBLE: tuple[Method, ...] = ("thin", "wasi", "wsi", "asi")
 
 
@@ -33,6 +33,7 @@ def convert_(
     method: Method = "thin",
     calibration: Iterable[Any] | None = None,
     activation_ranks: Mapping[str, tuple[int, ...]] | None = None,
+    source: WeightSource | None = None,
 ) -> ConversionReport:
     """Makes the linear layers of a model thin, in place.
 
@@ -51,6 +52,8 @@ def convert_(
             `wsi`.
         activation_ranks: `asi` and `wasi`: Tucker ranks by layer, as a plan gives them, instead of those of
             `config.activation_explained_variance`.
+        source: `thin`: of the tensors of a model on the meta device. Dense weights are read block by block and dropped
+            again: the peak is that of the thin model, one layer's decomposition and the calibration inputs of a block.
 
     Returns:
         What was replaced, what was skipped and why, bytes before and after.
@@ -68,6 +71,8 @@ def convert_(
         True
     """
     config = with_defaults(config or ThinConfig(), method)
+    if source is not None and method != "thin":
+        raise ConversionError(f"source: only method thin reads weights one at a time, got {method!r}; load the model.")
     layers, skipped = select(model, config)
     if config.rank is not None and method != "asi":
         choose_ranks(layers, dict, config, cap=False)  # raises before anything is changed
@@ -77,7 +82,8 @@ def convert_(
     }
     del linears  # from here on only `layers` and the model hold dense layers, and both let go of them one by one
     if method == "thin":
-        convert = _convert_thin(model, layers, config, checked_batches(calibration))
+        batches = checked_batches(calibration)
+        convert = convert_data_aware(model, DenseLayers(model, layers, source), config, batches)
     else:
         compressors = None
         if method != "wsi":
@@ -128,79 +134,13 @@ def with_defaults(config: ThinConfig, method: Method) -> ThinConfig:
     return config
 
 
-_Converted = Iterable[tuple[str, nn.Module, int | None, tuple[int, ...] | None]]
-
-
-def _convert_thin(
-    model: nn.Module, layers: dict[str, nn.Linear], config: ThinConfig, batches: Sequence[Any]
-) -> _Converted:
-    """Pass 1 finds the spectra on the dense path and from them the ranks; pass 2 converts block by block."""
-
-    def spectra() -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for group in groups(layers):
-            for name, seen in moments(model, group, batches).items():
-                found[name] = output_spectrum(layers[name].weight, _spread(layers[name], seen))
-                del seen  # the next pass needs the room
-        return found
-
-    ranks = choose_ranks(layers, spectra, config, cap=config.rank is None)
-    _check_rows(rows_seen(model, {n: layers[n] for n in ranks}, batches), layers, ranks)
-    plan = [list(group) for block in blocks(layers) for group in groups(block)]
-    for names in plan:
-        group = {name: layers[name] for name in names if name in ranks}
-        for name, seen in moments(model, group, batches).items():
-            layer = layers.pop(name)
-            left, right, shift = data_aware_factors(layer.weight, _spread(layer, seen), seen.mean, ranks[name])
-            basis = input_basis(seen.second, min(config.activation_rank, layer.in_features))
-            thin = SubspaceLinear(
-                layer.in_features,
-                layer.out_features,
-                ranks[name],
-                layer.bias is not None,
-                activation_rank=config.activation_rank,
-                device="meta",
-                dtype=layer.weight.dtype,
-            )
-            thin.set_(left, right, None if layer.bias is None else layer.bias + shift)
-            thin.start_(basis)
-            if config.factor_dtype == "bfloat16":
-                thin.store_(torch.bfloat16)
-            _replace(model, layer, thin)
-            yield name, thin, ranks[name], (thin.basis.shape[1],)
-            del layer, seen  # the next pass needs the room
-
-
-def _check_rows(rows: Mapping[str, int], layers: Mapping[str, nn.Linear], ranks: Mapping[str, int]) -> None:
-    """Raises ConversionError naming the truncated layers whose calibration rows cannot determine as many directions."""
-    limits = {n: min(layers[n].out_features, layers[n].in_features) for n in rows}
-    short = [f"{n}: {rows[n]} rows for rank {ranks[n]}" for n in rows if rows[n] < ranks[n] < limits[n]]
-    if short:
-        more = f" (and {len(short) - 3} more)" if len(short) > 3 else ""
-        raise ConversionError(
-            f"calibration: expected at least as many rows (images x tokens) as a layer's rank, got "
-            f"{'; '.join(short[:3])}{more}; give more calibration images or ask for a smaller rank."
-        )
-
-
-def _spread(layer: nn.Linear, seen: Moments) -> Tensor:
-    """What the factors must explain: the covariance, or the second moment where no bias can take up the mean.
-
-    Directions that the calibration inputs never take (a layer norm leaves one, few inputs leave many) get a trace of
-    variance, so that a rank which has room for them keeps what the weight makes of them.
-    """
-    spread = (seen.second if layer.bias is None else seen.covariance).double()
-    spread.diagonal().add_(UNSEEN * spread.diagonal().mean())
-    return spread
-
-
 def _convert_published(
     model: nn.Module,
     layers: dict[str, nn.Linear],
     config: ThinConfig,
     method: Method,
     compressors: Mapping[str, TuckerCompressor] | None,
-) -> _Converted:
+) -> Converted:
     """The paper's choices: SVD of each weight, Tucker form of each input."""
 
     def spectra() -> dict[str, Tensor]:
@@ -230,14 +170,8 @@ def _convert_published(
             new.set_(
                 *truncated_svd(layer.weight, rank=ranks[name]), None if layer.bias is None else layer.bias.detach()
             )
-        _replace(model, layer, new)
+        put_(model, layer, new)
         yield name, new, ranks.get(name), compressor.ranks if compressor else None
-
-
-def _replace(model: nn.Module, layer: nn.Linear, new: nn.Module) -> None:
-    """Puts the new layer in place, with the old one's mode and, for what it trains, its freezing."""
-    freeze_as_(new, *trains(layer))
-    replace_(model, layer, new)
 
 
 def _weight_bytes(layer: nn.Module) -> int:

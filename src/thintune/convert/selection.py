@@ -117,3 +117,9 @@ def freeze_as_(new: nn.Module, weight: bool, bias: bool) -> None:
     for name, parameter in new.named_parameters():
         if not (bias if name == "bias" else weight):
             parameter.requires_grad_(False)
+
+
+def put_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replaces a layer by one that stands for it, with the old one's mode and, for what it trains, its freezing."""
+    freeze_as_(new, *trains(old))
+    replace_(model, old, new)

@@ -5,7 +5,7 @@ What only training needs (bases, zero updates) is left out: a thin checkpoint is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thintune.convert.weights import fill_
 from thintune.errors import CheckpointError, nearest
 from thintune.io.tensors import StoredTensors, read_tensors, write_tensors
 from thintune.nn import CompressedLinear, ThinLinear
@@ -143,21 +144,6 @@ def load_checkpoint_(model: nn.Module, folder: str | Path | Checkpoint, *, leave
         setattr(model.get_submodule(parent), child, thin)
     fill_(model, {name: partial(stored.read, name) for name in shapes})
     return model
-
-
-def fill_(model: nn.Module, readers: Mapping[str, Callable[[], Tensor]]) -> None:
-    """Replaces tensors of a model, module by module, by what the readers return; what was frozen stays frozen.
-
-    Args:
-        model: whose tensors may be on the meta device.
-        readers: by the tensor's name in the model.
-    """
-    modules: dict[str, list[str]] = {}
-    for name in readers:
-        modules.setdefault(name.rpartition(".")[0], []).append(name)
-    for owner, names in modules.items():
-        values = {name.rpartition(".")[2]: readers[name]() for name in names}
-        model.get_submodule(owner).load_state_dict(values, strict=False, assign=True)
 
 
 def _lies_in(name: str, modules: Collection[str]) -> bool:

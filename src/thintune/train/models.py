@@ -12,8 +12,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from thintune.config import ModelConfig
+from thintune.convert.weights import fill_
 from thintune.errors import CheckpointError, ConfigError, MissingDependencyError, nearest
-from thintune.io.checkpoint import fill_, meta_tensors
+from thintune.io.checkpoint import meta_tensors
 from thintune.train.dense import DenseWeights
 
 
