@@ -11,6 +11,7 @@ def test_what_was_not_measured_is_null(tiny, thintune, record, tmp_path):
         assert found[name] is None, name
     measured = [k for k, v in found.items() if k.endswith(("_bytes", "_s", "per_step", "per_s")) and v is not None]
     assert {"peak_rss_bytes", "train_flops_per_step", "saved_activation_bytes", "checkpoint_bytes"} < set(measured)
-    assert all(found[name] > 0 for name in measured)
+    # a test before may have left more in this process than the run then needs
+    assert all(found[name] > 0 for name in measured if "above_baseline" not in name)
     assert from_dict(found["config"]).train.max_steps == 1
     assert {"python", "torch", "timm", "thintune"} <= found["versions"].keys()

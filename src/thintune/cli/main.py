@@ -13,6 +13,7 @@ Fine-tune transformers where memory is scarce.
 
 commands:
   train   fine-tune a model: dense, or thin in one of several ways, or with LoRA
+  convert turn dense weights into a thin checkpoint
   eval    measure a checkpoint on its test split
   bench   measure what training takes: `thintune bench cost`
 
@@ -78,9 +79,14 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
 
         return run(words)
 
+    def convert(words: Sequence[str]) -> int:
+        from thintune.cli.convert import run
+
+        return run(words)
+
     def bench(words: Sequence[str]) -> int:
         from thintune.cli.bench import run
 
         return run(words)
 
-    return {"train": train, "eval": evaluate, "bench": bench}
+    return {"train": train, "convert": convert, "eval": evaluate, "bench": bench}

@@ -149,7 +149,9 @@ def moments(model: nn.Module, layers: dict[str, nn.Linear], batches: Sequence[An
     seen: dict[str, Moments] = {}
 
     def visit(name: str, x: Tensor) -> None:
-        seen.setdefault(name, Moments.empty(x.shape[-1], x)).add(x)
+        if name not in seen:
+            seen[name] = Moments.empty(x.shape[-1], x)
+        seen[name].add(x)
 
     observe(model, dict(layers), batches, visit)
     return {name: found for name, found in seen.items() if found.count}
@@ -166,7 +168,7 @@ def rows_seen(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequen
     return rows
 
 
-def groups(layers: dict[str, nn.Linear], limit_bytes: int = 64 << 20) -> Iterator[dict[str, nn.Linear]]:
+def groups(layers: dict[str, nn.Linear], limit_bytes: int = 32 << 20) -> Iterator[dict[str, nn.Linear]]:
     """Cuts the layers, in order, into runs whose second moments fit in `limit_bytes` (at least one layer each)."""
     group: dict[str, nn.Linear] = {}
     size = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from thintune.convert.selection import put_, select
 from thintune.convert.weights import DenseLayers, WeightSource
 from thintune.errors import ConfigError, ConversionError, nearest
 from thintune.linalg import truncated_svd
+from thintune.measure import returning_large_blocks
 from thintune.nn import CompressedLinear, FactorLinear, ThinLinear, TuckerCompressor
 
 _CONVERTIBLE: tuple[Method, ...] = ("thin", "wasi", "wsi", "asi")
@@ -90,10 +92,11 @@ def convert_(
             batches = checked_batches(calibration)
             compressors = tucker_compressors(model, layers, batches[0], config, activation_ranks)
         convert = _convert_published(model, layers, config, method, compressors)
-    converted = {
-        name: LayerReport(name, *before[name][:2], rank, ranks, before[name][2], _weight_bytes(new))
-        for name, new, rank, ranks in convert
-    }
+    with contextlib.nullcontext() if source is None else returning_large_blocks():
+        converted = {
+            name: LayerReport(name, *before[name][:2], rank, ranks, before[name][2], _weight_bytes(new))
+            for name, new, rank, ranks in convert
+        }
     if not converted:
         raise ConversionError(f"none of {', '.join(layers)} is called on the calibration inputs.")
     lean = make_blocks_lean_(model, config) if method == "thin" else {}

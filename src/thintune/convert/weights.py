@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from thintune.errors import ConversionError
 
-_RESIDENT_BYTES = 64 << 20
-"""Weights of a block that are read once for all its passes; those of a larger block, each time a layer is called."""
+_RESIDENT_BYTES = 4 << 20
+"""Weights of a block that are read once for all its passes; those of a larger block, each time a layer is called.
+
+What is read again and again is one block of the file, which the system's own cache holds where it can.
+"""
 
 
 class WeightSource(Protocol):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
 
 
 def release_free_memory() -> bool:
@@ -23,3 +25,37 @@ def release_free_memory() -> bool:
     except (AttributeError, OSError):
         return False
     return True
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # where glibc's own adjustment ends up once large blocks have been freed
+
+
+@contextlib.contextmanager
+def returning_large_blocks(threshold_bytes: int = 1 << 18) -> Iterator[None]:
+    """Inside, a freed block of some size goes back to the operating system at once instead of staying in the heap.
+
+    Every such block is mapped anew, which costs time; the peak is that of what is in use.
+
+    Args:
+        threshold_bytes: smallest block to which this applies.
+    """
+    if not _set_thresholds(threshold_bytes):
+        yield
+        return
+    try:
+        yield
+    finally:
+        _set_thresholds(_LARGEST_MMAP_THRESHOLD)
+
+
+def _set_thresholds(mmap_bytes: int) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        library = ctypes.CDLL(None)
+        return bool(library.mallopt(_MMAP_THRESHOLD, mmap_bytes)) and bool(
+            library.mallopt(_TRIM_THRESHOLD, 2 * mmap_bytes)
+        )
+    except (AttributeError, OSError):
+        return False

@@ -13,8 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from thintune.config import ModelConfig
 from thintune.convert.weights import fill_
-from thintune.errors import CheckpointError, ConfigError, MissingDependencyError, nearest
-from thintune.io.checkpoint import meta_tensors
+from thintune.errors import ConfigError, MissingDependencyError, nearest
 from thintune.train.dense import DenseWeights
 
 
@@ -46,13 +45,35 @@ def build_model(config: ModelConfig, classes: int, image_size: int, *, empty: bo
     """
     if config.checkpoint is None and not empty:
         return _create(config, classes, image_size)
-    model = _skeleton(config, classes, image_size)
-    if not empty:
-        assert config.checkpoint is not None
-        source = DenseWeights(Path(config.checkpoint), model, classifier_name(model))
-        fill_(model, source.readers())
-        start_head_(model)
+    if empty:
+        return _skeleton(config, classes, image_size)
+    model, source = open_model(config, classes, image_size)
+    fill_(model, source.readers())
     return model
+
+
+def open_model(
+    config: ModelConfig, classes: int, image_size: int, *, keep_head: bool = False
+) -> tuple[nn.Module, DenseWeights]:
+    """Builds a model whose parameters stay in the file of dense weights until they are read; its head is zero.
+
+    Args:
+        config: names the file.
+        classes: outputs of the head.
+        image_size: of the square input, in pixels.
+        keep_head: leave the file's head to be read too, where it has as many classes.
+
+    Raises:
+        ConfigError: unknown model or option.
+        CheckpointError: weights that are missing, damaged, or of another architecture.
+    """
+    assert config.checkpoint is not None
+    model = _skeleton(config, classes, image_size)
+    head = classifier_name(model)
+    source = DenseWeights(Path(config.checkpoint), model, head, keep_head=keep_head)
+    if f"{head}.weight" not in source.names:
+        start_head_(model)
+    return model, source
 
 
 def classifier_name(model: nn.Module) -> str:
@@ -126,17 +147,9 @@ def _skeleton(config: ModelConfig, classes: int, image_size: int) -> nn.Module:
 
 
 def start_head_(model: nn.Module) -> None:
-    """Sets the head of a model whose head has no values yet to zero.
-
-    Raises:
-        CheckpointError: something else has no values either.
-    """
+    """Sets a head that has no values yet to zero."""
     head = model.get_submodule(classifier_name(model))
-    assert isinstance(head, nn.Linear)
     for name, parameter in list(head.named_parameters()):
         if parameter.is_meta:
             zeros = torch.zeros_like(parameter, device="cpu")
             setattr(head, name, nn.Parameter(zeros, requires_grad=parameter.requires_grad))
-    left = meta_tensors(model)
-    if left:
-        raise CheckpointError(f"model.checkpoint: no values for {', '.join(left[:3])}.")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thintune.config import DataConfig, ModelConfig, RunConfig
+from thintune.config import DataConfig, ModelConfig, RunConfig, ThinConfig
 from thintune.convert import ConversionReport, convert_, make_trainable_
 from thintune.convert.selection import matches, select
 from thintune.convert.structure import rebuild_
@@ -19,7 +19,7 @@ from thintune.data import Normalization, Split, Splits, load_splits
 from thintune.errors import ConfigError
 from thintune.planning.perplexity import perplexity_table, plan_activations
 from thintune.train.lora import import_peft, inject_lora_
-from thintune.train.models import build_model, classifier_name, import_timm
+from thintune.train.models import build_model, classifier_name, import_timm, open_model
 from thintune.train.thin_start import load_thin, thin_folder
 
 
@@ -68,23 +68,32 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
         model = load_thin(config, folder, splits.classes).to(config.device)
         batches = calibration_batches(config, splits.train)
         return model, make_trainable_(model, config.thin, calibration=batches, seed=config.train.seed)
-    model = build_model(config.model, splits.classes, config.data.image_size).to(config.device)
+    source = None
+    if config.method == "thin" and config.model.checkpoint is not None and config.device == "cpu":
+        model, source = open_model(config.model, splits.classes, config.data.image_size)
+    else:
+        model = build_model(config.model, splits.classes, config.data.image_size).to(config.device)
     head = classifier_name(model)
     if config.method == "dense":
         return model, None
     if config.method == "lora":
         inject_lora_(model, config.lora, head)
         return model, None
-    thin = config.thin
-    if not any(matches(head, p) for p in thin.exclude_modules):
-        thin = dataclasses.replace(thin, exclude_modules=(*thin.exclude_modules, head))
+    thin = without_head(config.thin, head)
     batches = calibration_batches(config, splits.train)
     ranks = None
     if thin.activation_budget_bytes is not None and config.method in ("asi", "wasi"):
         layers, _ = select(model, thin)
         ranks = plan_activations(perplexity_table(model, layers, batches[0]), thin.activation_budget_bytes)
-    report = convert_(model, thin, method=config.method, calibration=batches, activation_ranks=ranks)
+    report = convert_(model, thin, method=config.method, calibration=batches, activation_ranks=ranks, source=source)
     return model, report
+
+
+def without_head(thin: ThinConfig, head: str) -> ThinConfig:
+    """The head stays dense: it is small, and starts anew."""
+    if any(matches(head, p) for p in thin.exclude_modules):
+        return thin
+    return dataclasses.replace(thin, exclude_modules=(*thin.exclude_modules, head))
 
 
 class CalibrationImages(Sequence[Tensor]):
