@@ -191,7 +191,7 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     """Largest gradient norm; null for none."""
     layerwise_update: bool = False
-    """Update each layer as soon as its gradient is complete and free the gradient at once; needs clip_norm null."""
+    """Least memory: update each layer as soon as its gradient is complete, free it at once; needs clip_norm null."""
     fit_head: bool = True
     """Fit a new head on the converted model's features before training."""
     checkpoint_every: int = 50

@@ -18,7 +18,7 @@ RANK = 16
 PUBLISHED_KEPT = 0.64
 """Share of the weights that explained variance 0.8 keeps of a DINOv2 ViT-S/14: random weights have no decay to cut."""
 _MICRO_BATCHES = (16, 4, 1)
-_THIN_MICRO_BATCHES = (16, 8, 4, 1)
+_THIN_MICRO_BATCHES = (16, 4, 2, 1)
 
 
 @dataclass(frozen=True)

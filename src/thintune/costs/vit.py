@@ -75,8 +75,8 @@ class VitShape:
 def dense_block_saved_values(shape: VitShape, adapter_rank: int = 0) -> int:
     """Values an image that autograd keeps in one block: N (8 D + 2 H + heads + 4 + 4 r).
 
-    Inputs of both norms, of qkv, proj, fc1, GELU and fc2, then q, k, v; a log-sum a head, mean and 1 / std of the norms,
-    and the inner values of four LoRA adapters of rank r.
+    Inputs of both norms, of qkv, proj, fc1, GELU and fc2, then q, k, v; a log-sum a head, mean and 1 / std of the
+    norms, and the inner values of four LoRA adapters of rank r.
     """
     return shape.tokens * (8 * shape.width + 2 * shape.hidden + shape.heads + 4 + 4 * adapter_rank)
 
@@ -146,18 +146,18 @@ def thin_ranks(shape: VitShape, kept: float) -> tuple[int, ...]:
 
 
 def lean_saved_bytes(shape: VitShape, images: int, ranks: Sequence[int], activation_rank: int) -> int:
-    """Bytes that lean blocks of thin layers keep; `ranks` are those of qkv, proj, fc1 and fc2, the same in every block."""
+    """Bytes that lean blocks of thin layers keep; `ranks` are those of qkv, proj, fc1 and fc2 of every block."""
     rows, r = images * shape.tokens, activation_rank
     branches = (lean_branch_saved_bytes(rows, shape.width, ranks[i], r, r) for i in (0, 2))
     return shape.depth * sum(branches) + FLOAT_BYTES * images * outer_saved_values(shape)
 
 
-def lean_scratch_bytes(shape: VitShape, ranks: Sequence[int], chunk_rows: int = 256) -> int:
-    """Buffers of one chunk: two of the widest layer, two of the model's width, one of the largest rank; attention's own.
+def lean_scratch_bytes(shape: VitShape, images: int, ranks: Sequence[int], chunk_rows: int = 2048) -> int:
+    """Buffers of a chunk: two of the widest layer, two of the model's width, one of the largest rank, attention's own.
 
-    A chunk is as many whole images as fit into `chunk_rows` rows, and one at least.
+    A chunk is half the images, no more than fit into `chunk_rows` rows, and one at least.
     """
-    rows = shape.tokens * max(1, chunk_rows // shape.tokens)
+    rows = shape.tokens * max(1, min(images * shape.tokens // 2, chunk_rows) // shape.tokens)
     wide = max(shape.hidden, 3 * shape.width)
     attention = 5 * shape.width
     return FLOAT_BYTES * rows * (wide + shape.hidden + 2 * shape.width + max(ranks) + attention)
@@ -194,5 +194,5 @@ def thin_peak_bytes(
         pairs = [k * (a.in_features + a.out_features) for a, k in zip(shape.layers, ranks, strict=True)]
         widened = FLOAT_BYTES * sum(max(pairs[i], pairs[i + 2]) for i in (0, 1))
     state = width * factors + FLOAT_BYTES * (bases + momentum + 2 * shape.other_parameters)
-    working = lean_saved_bytes(shape, micro_batch, ranks, r) + lean_scratch_bytes(shape, ranks)
+    working = lean_saved_bytes(shape, micro_batch, ranks, r) + lean_scratch_bytes(shape, micro_batch, ranks)
     return RUNTIME_BYTES + state + widened + working + fold_scratch_bytes(shape, ranks)

@@ -5,7 +5,7 @@ What could not be measured is `None`, never 0.
 
 from thintune.measure import provenance
 from thintune.measure.activations import SavedActivations
-from thintune.measure.allocator import release_free_memory, returning_large_blocks
+from thintune.measure.allocator import release_free_memory, return_freed_blocks, returning_large_blocks
 from thintune.measure.flops import count_flops
 from thintune.measure.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
 from thintune.measure.timing import interleave, median_and_iqr
@@ -21,6 +21,7 @@ __all__ = [
     "provenance",
     "release_free_memory",
     "reset_peak_rss",
+    "return_freed_blocks",
     "returning_large_blocks",
     "rss_bytes",
     "track",

@@ -8,6 +8,27 @@ import gc
 import sys
 from collections.abc import Iterator
 
+_M_MMAP_THRESHOLD = -3
+"""Of mallopt(3): blocks of this size and more are mapped one by one, and unmapped when freed."""
+
+
+def return_freed_blocks(threshold_bytes: int = 64 << 10) -> bool:
+    """Lets every freed block of this size and more go back to the operating system at once, for the whole process.
+
+    glibc raises this threshold by itself to the largest block ever freed (32 MB at most), and from then on keeps
+    tensors in a heap where a short-lived one among long-lived ones leaves a hole. Holding it fixed costs page faults
+    for every fresh block: right where little memory moves, wrong for large batches.
+
+    Returns:
+        Whether the C library can do so (glibc's mallopt).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, threshold_bytes))
+    except (AttributeError, OSError):
+        return False
+
 
 def release_free_memory() -> bool:
     """Hands memory that is free but kept by the allocator back to the operating system.

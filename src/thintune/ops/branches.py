@@ -9,8 +9,7 @@ first layer (K values), from which the backward pass recomputes q, k, v or the i
 product, and the projections y U (r values) that the update gradients need. Nothing is approximated but the 8-bit
 copy, and that is kept whole on request.
 
-Both passes go through the rows in chunks, so that what is D, 3 D or 4 D wide never exists for all rows at once and
-stays in the processor's cache.
+Both passes go through the rows in chunks, so that what is D, 3 D or 4 D wide never exists for all rows at once.
 
 Legend: B images, N tokens, M = B N rows, D width, K and r ranks of a layer.
 """
@@ -28,8 +27,8 @@ from torch import Tensor
 from thintune.ops.normalize import dequantize_rows, normalization_gradients, normalize_rows, quantize_rows_into
 from thintune.ops.workspace import workspace
 
-CHUNK_ROWS = 256
-"""Rows that are worked on at once: as many whole images as fit in them, and one at least."""
+CHUNK_ROWS = 2048
+"""Most rows that are worked on at once."""
 
 
 class ThinWeights(NamedTuple):
@@ -87,7 +86,8 @@ def _widened(name: str, layer: ThinWeights) -> ThinWeights:
 
 
 def _chunks(rows: int, tokens: int) -> Iterator[slice]:
-    size = tokens * max(1, CHUNK_ROWS // tokens)
+    """Whole images: half of them, since scratch memory is then small beside what is kept, but no more than is fast."""
+    size = tokens * max(1, min(rows // 2, CHUNK_ROWS) // tokens)
     return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
 

@@ -17,6 +17,7 @@ from thintune.convert.selection import matches, select
 from thintune.convert.structure import rebuild_
 from thintune.data import Normalization, Split, Splits, load_splits
 from thintune.errors import ConfigError
+from thintune.measure import return_freed_blocks
 from thintune.planning.perplexity import perplexity_table, plan_activations
 from thintune.train.lora import import_peft, inject_lora_
 from thintune.train.models import build_model, classifier_name, import_timm, open_model
@@ -62,6 +63,8 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
     Returns:
         The model, and what the conversion did, or None for `dense` and `lora`.
     """
+    if config.train.layerwise_update:
+        return_freed_blocks()
     torch.manual_seed(config.train.seed)
     folder = thin_folder(config)
     if folder is not None:
