@@ -20,6 +20,7 @@ from thintune.config import LoraConfig, ModelConfig
 from thintune.data import Splits, micro_batches
 from thintune.errors import ConfigError, MissingDependencyError
 from thintune.io.checkpoint import fill_
+from thintune.measure import release_free_memory
 from thintune.train.lora import inject_lora_
 from thintune.train.models import build_model, classifier_name, start_head_
 
@@ -165,7 +166,10 @@ class _Projected:
         """Projects the dense gradient, adds it up and frees it: projection is linear, so the sum is exact."""
         if self.parameter.grad is None:
             return
+        decomposed = self.projector.last_svd_step
         low = self.projector.project(self.parameter.grad, self.steps)
+        if self.projector.last_svd_step != decomposed:
+            release_free_memory()  # what it worked in leaves holes in the heap, which the peak would stand on
         self.gradient = low if self.gradient is None else self.gradient.add_(low)
         self.parameter.grad = None
 

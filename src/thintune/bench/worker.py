@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib
 import json
+import os
 import re
 import shutil
 import statistics
@@ -117,6 +118,7 @@ class _Order:
         if self.asked["usage_file"] is not None:
             with contextlib.suppress(OSError):
                 self.found["baseline_charged_bytes"] = int(Path(self.asked["usage_file"]).read_text())
+        self.found["allocator"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
         self.found["threads"] = torch.get_num_threads()
         self.found["versions"] = provenance.versions((*provenance.LIBRARIES, "safetensors", "pytorch-optimizer"))
 
