@@ -98,6 +98,22 @@ def test_a_file_that_timm_rewrites_is_read_as_a_whole_and_said_so(file, thintune
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_downloaded_weights_are_converted_in_memory_and_said_so(thintune, monkeypatch, tmp_path):
+    import timm
+
+    create = timm.create_model
+
+    def downloads(name, pretrained=False, **options):
+        assert pretrained
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", downloads)
+    words = ["--model.pretrained", "true", "--thin.rank", "5", "--out", tmp_path / "thin"]
+    code, output, err = thintune("convert", *DEMO, *words)
+    assert code == 0 and "not streamed: timm downloads these weights as a whole" in output, err
+    assert len(read_checkpoint(tmp_path / "thin").thin_layers) == 16
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
