@@ -8,8 +8,12 @@ import gc
 import sys
 from collections.abc import Iterator
 
-_M_MMAP_THRESHOLD = -3
-"""Of mallopt(3): blocks of this size and more are mapped one by one, and unmapped when freed."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt(3): free memory at the heap's end that is kept; blocks that are mapped one by one, unmapped when freed."""
+_LARGEST_THRESHOLD = 32 << 20
+"""Where glibc's own adjustment ends up once large blocks have been freed."""
+_fixed_bytes: int | None = None
+"""What `return_freed_blocks` fixed for this process; the C library does not tell."""
 
 
 def return_freed_blocks(threshold_bytes: int = 64 << 10) -> bool:
@@ -22,12 +26,11 @@ def return_freed_blocks(threshold_bytes: int = 64 << 10) -> bool:
     Returns:
         Whether the C library can do so (glibc's mallopt).
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, threshold_bytes))
-    except (AttributeError, OSError):
-        return False
+    global _fixed_bytes  # noqa: PLW0603 - so is what it remembers
+    done = _set_threshold(threshold_bytes)
+    if done:
+        _fixed_bytes = threshold_bytes
+    return done
 
 
 def release_free_memory() -> bool:
@@ -48,35 +51,31 @@ def release_free_memory() -> bool:
     return True
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # where glibc's own adjustment ends up once large blocks have been freed
-
-
 @contextlib.contextmanager
 def returning_large_blocks(threshold_bytes: int = 1 << 18) -> Iterator[None]:
-    """Inside, a freed block of some size goes back to the operating system at once instead of staying in the heap.
+    """Inside, every freed block of this size and more goes back to the operating system at once.
 
-    Every such block is mapped anew, which costs time; the peak is that of what is in use.
+    Afterwards holds what `return_freed_blocks` fixed for the process, or else what glibc settles on by itself.
 
     Args:
         threshold_bytes: smallest block to which this applies.
     """
-    if not _set_thresholds(threshold_bytes):
+    if _fixed_bytes is not None and _fixed_bytes <= threshold_bytes:
         yield
         return
+    _set_threshold(threshold_bytes)
     try:
         yield
     finally:
-        _set_thresholds(_LARGEST_MMAP_THRESHOLD)
+        _set_threshold(_LARGEST_THRESHOLD if _fixed_bytes is None else _fixed_bytes)
 
 
-def _set_thresholds(mmap_bytes: int) -> bool:
+def _set_threshold(size: int) -> bool:
+    """Fixes both thresholds in the proportion that glibc keeps them in, 1 to 2."""
     if not sys.platform.startswith("linux"):
         return False
     try:
         library = ctypes.CDLL(None)
-        return bool(library.mallopt(_MMAP_THRESHOLD, mmap_bytes)) and bool(
-            library.mallopt(_TRIM_THRESHOLD, 2 * mmap_bytes)
-        )
+        return bool(library.mallopt(_M_MMAP_THRESHOLD, size)) and bool(library.mallopt(_M_TRIM_THRESHOLD, 2 * size))
     except (AttributeError, OSError):
         return False
