@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from thintune.errors import ConfigError, nearest
+from thintune.peer_config import LoraConfig
+from thintune.peer_config import require as _require
 
 Precision = Literal["lean", "exact"]
-Method = Literal["thin", "wasi", "wsi", "asi", "lora", "dense"]
-METHODS: tuple[Method, ...] = ("thin", "wasi", "wsi", "asi", "lora", "dense")
+Method = Literal["thin", "wasi", "wsi", "asi", "amc", "lora", "lora_fa", "head", "dense"]
+METHODS: tuple[Method, ...] = get_args(Method)
 SOURCES = (
     "digits",
     "fashion-mnist",
@@ -26,11 +28,6 @@ SOURCES = (
     "folder",
     "synthetic",
 )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 def _require_share(name: str, value: float | None) -> None:
@@ -54,7 +51,7 @@ class ThinConfig:
     activation_rank: int = 32
     """`thin`: directions of each layer's input kept for the backward pass."""
     activation_explained_variance: float = 0.8
-    """`asi` and `wasi`: share of each mode's variance that the Tucker ranks must explain, in (0, 1]."""
+    """`asi`, `wasi`, `amc`: share of each mode's variance that the Tucker ranks must explain, in (0, 1]."""
     activation_budget_bytes: int | None = None
     """`asi` and `wasi`: choose the Tucker ranks by the perplexity table under this many bytes instead."""
     refresh_every: int = 25
@@ -230,25 +227,11 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """The LoRA baseline (`peft`)."""
-
-    rank: int = 16
-    """Rank of each adapter."""
-    alpha: float = 16.0
-    """Scale of each adapter, divided by the rank."""
-
-    def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"lora.rank: expected at least 1, got {self.rank}.")
-        _require(self.alpha > 0, f"lora.alpha: expected more than 0, got {self.alpha}.")
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
     method: Method = "thin"
-    """thin, wasi, wsi, asi, lora or dense."""
+    """thin, wasi, wsi, asi, amc, lora, lora_fa, head or dense."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Which model is trained."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -258,7 +241,7 @@ class RunConfig:
     thin: ThinConfig = field(default_factory=ThinConfig)
     """How linear layers become thin."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """The LoRA baseline."""
+    """The adapters of `lora` and `lora_fa` (`peft`)."""
     device: str = "cpu"
     """cpu or cuda."""
     threads: int | None = None

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from thintune.cli.parser import bench_cost_parser, eval_parser, train_parser
-from thintune.config import DataConfig, LoraConfig, ModelConfig, RunConfig, ThinConfig, TrainConfig
+from thintune.config import METHODS, DataConfig, LoraConfig, ModelConfig, RunConfig, ThinConfig, TrainConfig
 
 PARTS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "thin": ThinConfig, "lora": LoraConfig}
 
@@ -46,7 +46,7 @@ def test_every_setting_is_a_flag_with_the_text_of_its_docstring(thintune):
         "Replace an earlier run in OUT.",
     ):
         assert sentence in text, sentence
-    for method in ("thin", "wasi", "wsi", "asi", "lora", "dense"):
+    for method in METHODS:
         assert re.search(rf"^  {method} +\w", output, re.MULTILINE), method
 
 

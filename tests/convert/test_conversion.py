@@ -20,8 +20,14 @@ from thintune.errors import ConfigError, ConversionError
 from thintune.linalg import truncated_svd
 from thintune.nn import CompressedLinear, FactorLinear, SubspaceLinear, ThinLinear
 
-METHODS = ["thin", "wsi", "wasi", "asi"]
-KINDS = {"thin": SubspaceLinear, "wsi": FactorLinear, "wasi": FactorLinear, "asi": CompressedLinear}
+METHODS = ["thin", "wsi", "wasi", "asi", "amc"]
+KINDS = {
+    "thin": SubspaceLinear,
+    "wsi": FactorLinear,
+    "wasi": FactorLinear,
+    "asi": CompressedLinear,
+    "amc": CompressedLinear,
+}
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -340,7 +346,8 @@ def test_frozen_weights_and_biases_stay_frozen(net, inputs, method):
     tt.convert_(net, tt.ThinConfig(rank=3), method=method, calibration=[inputs(6, 9)])
     assert not any(p.requires_grad for p in net.blocks[0].parameters())
     trained = {n for n, p in net.blocks[1].named_parameters() if p.requires_grad}
-    weights = {"thin": {"fc2.update"}, "asi": {"fc2.weight"}}.get(method, {"fc2.left", "fc2.right"})
+    factors, weight = {"fc2.left", "fc2.right"}, {"fc2.weight"}
+    weights = {"thin": {"fc2.update"}, "asi": weight, "amc": weight}.get(method, factors)
     assert trained == {"norm.weight", "norm.bias", "fc1.bias", *weights}
     net(inputs(6, 9)).sum().backward()
     assert net.blocks[1].fc1.bias.grad is not None

@@ -21,7 +21,7 @@ ALL = tt.ThinConfig(
 THIN = tt.ThinConfig(
     norm="exact", rank=9, activation_rank=7, activation_explained_variance=0.6, exclude_modules=("head",)
 )
-METHODS = ["thin", "wsi", "wasi", "asi"]
+METHODS = ["thin", "wsi", "wasi", "asi", "amc"]
 
 
 def vit() -> nn.Module:

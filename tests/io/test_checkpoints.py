@@ -31,7 +31,7 @@ class Net(nn.Module):
         return self.head(x.mean(1))
 
 
-METHODS = ["dense", "thin", "wsi", "wasi", "asi"]
+METHODS = ["dense", "thin", "wsi", "wasi", "asi", "amc"]
 
 
 def inputs(seed=0):
@@ -44,7 +44,7 @@ def trained(method):
     model = Net()
     if method != "dense":
         config = tt.ThinConfig(rank=7, activation_rank=5, exclude_modules=["head"])
-        if method == "asi":
+        if method in ("asi", "amc"):
             config = tt.ThinConfig(exclude_modules=["head"])
         tt.convert_(model, config, method=method, calibration=[inputs()])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -84,7 +84,7 @@ def test_the_file_holds_what_inference_needs_and_nothing_else(method, tmp_path):
     model = trained(method)
     tensors = tt.save_checkpoint(model, tmp_path).stored.load()
     assert not [name for name in tensors if "update" in name or "basis" in name or "factor" in name]
-    if method in ("dense", "asi"):
+    if method in ("dense", "asi", "amc"):
         assert tensors.keys() == Net().state_dict().keys()
     else:
         elements = sum(tensors[f"blocks.{i}.{j}.{part}"].numel() for i in (0, 1) for j in (1, 3) for part in PARTS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from thintune.errors import ConfigError
-from thintune.linalg import compress_warm, mode_dot, mode_ranks, reconstruct, st_hosvd, unfold
+from thintune.linalg import compress_warm, hosvd, mode_dot, mode_ranks, reconstruct, st_hosvd, unfold
 
 SHAPES = [(7, 4), (5, 6, 4), (3, 5, 2, 6), (1, 4, 5)]
 
@@ -98,9 +98,33 @@ def test_ranks_by_explained_variance_are_those_of_the_unfoldings(shape, share):
     assert mode_ranks(x.transpose(0, -1), share) == (expected[-1], *expected[1:-1], expected[0])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.4, 0.8, 0.99])
+def test_the_hosvd_projects_every_mode_on_its_leading_singular_vectors(shape, share):
+    x = tensor(shape)
+    core, factors = hosvd(x, share)
+    assert core.shape == mode_ranks(x, share)
+    projected = x
+    for mode, factor in enumerate(factors):
+        u = torch.linalg.svd(unfold(x, mode), full_matrices=False)[0][:, : factor.shape[1]]
+        assert (factor @ factor.T - u @ u.T).abs().max() < 1e-10  # of the tensor itself, not of what is left of it
+        projected = mode_dot(projected, u @ u.T, mode)
+    found = reconstruct(core, factors)
+    assert (found - projected).abs().max() < 1e-10
+    lost = (found - x).square().sum() / x.square().sum()
+    assert lost <= len(shape) * (1 - share) + 1e-12  # each mode discards at most its own share
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_hosvd_of_the_whole_variance_is_exact(shape):
+    x = tensor(shape)
+    assert (reconstruct(*hosvd(x, 1.0)) - x).abs().max() < 1e-10
+
+
 def test_zeros_have_rank_one_and_a_finite_form():
     x = torch.zeros(4, 3, 5, dtype=torch.float64)
     assert mode_ranks(x, 0.9) == (1, 1, 1)
+    assert hosvd(x, 0.9)[0].shape == (1, 1, 1) and not reconstruct(*hosvd(x, 0.9)).any()
     core, factors = compress_warm(x, (2, 2, 2), [None] * 3)
     assert not reconstruct(core, factors).any()
     assert all((f.T @ f - torch.eye(2)).abs().max() < 1e-12 for f in factors)

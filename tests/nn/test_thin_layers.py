@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from thintune.errors import ConfigError
-from thintune.linalg import orthonormalize, reconstruct
-from thintune.nn import CompressedLinear, FactorLinear, SubspaceLinear, ThinLinear, TuckerCompressor
+from thintune.linalg import hosvd, mode_ranks, orthonormalize, reconstruct
+from thintune.measure import SavedActivations
+from thintune.nn import CompressedLinear, FactorLinear, HosvdCompressor, SubspaceLinear, ThinLinear, TuckerCompressor
 
 I, O, K = 6, 8, 3  # noqa: E741 - the letters of the equations
 
@@ -80,6 +81,36 @@ def test_a_short_last_batch_is_compressed_and_its_bases_are_taken_over():
     assert single[0].shape == (1, 2, 2)
     form.advance_()
     assert form.factor1.shape == (5, 2) and form.factor2.shape == (I, 2)
+
+
+@pytest.mark.parametrize("shape", [(9, I), (4, 5, I), (2, 3, 4, I)])
+def test_an_exact_decomposition_gives_the_gradient_of_the_truncated_input_anew_at_every_step(shape):
+    layer = CompressedLinear(I, O, compressor=HosvdCompressor(0.7), dtype=torch.float64)
+    assert not list(layer.buffers()) and layer.training_only() == set()
+    seen = set()
+    for seed, decay in ((0, 0.1), (1, 2.0)):  # a flat spectrum, then a steep one
+        x = (rand(*shape, seed=seed) * torch.exp(-decay * torch.arange(I).double())).requires_grad_()
+        kept = reconstruct(*hosvd(x.detach(), 0.7)).flatten(0, -2)
+        assert (kept - x.flatten(0, -2)).abs().max() > 1e-3
+        layer.zero_grad()
+        y = layer(x)
+        grad = rand(*y.shape, seed=seed)
+        y.backward(grad)
+        assert (y - torch.nn.functional.linear(x, layer.weight, layer.bias)).abs().max() < 1e-12
+        assert (layer.weight.grad - grad.flatten(0, -2).T @ kept).abs().max() < 1e-10
+        assert (x.grad - grad @ layer.weight).abs().max() < 1e-12
+        assert (layer.bias.grad - grad.flatten(0, -2).sum(0)).abs().max() < 1e-12
+        seen.add(mode_ranks(x.detach(), 0.7))
+    assert len(seen) == 2
+
+
+def test_an_exact_decomposition_is_all_that_is_kept():
+    layer, x = CompressedLinear(I, O, compressor=HosvdCompressor(0.7)), rand(4, 5, I).float()
+    ranks = mode_ranks(x, 0.7)
+    with SavedActivations(exclude=layer) as saved:
+        y = layer(x)
+    factors = sum(n * r for n, r in zip(x.shape, ranks, strict=True))
+    assert y.requires_grad and saved.bytes == 4 * (torch.Size(ranks).numel() + factors) < x.nbytes
 
 
 def test_a_refresh_without_inputs_does_nothing_and_one_with_inputs_turns_towards_them():

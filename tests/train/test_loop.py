@@ -171,7 +171,7 @@ def weight_of(layer):
     return layer.weight if hasattr(layer, "weight") else layer.left
 
 
-@pytest.mark.parametrize("method", ["thin", "wsi", "wasi", "asi", "dense"])
+@pytest.mark.parametrize("method", ["thin", "wsi", "wasi", "asi", "amc", "dense"])
 def test_a_loss_that_is_not_finite_names_step_and_layer(method):
     model = network(method, torch.float32)
     steps = loop(model, Rows(40, torch.float32))

@@ -15,12 +15,15 @@ from thintune.errors import nearest
 TRAIN_HELP = """Fine-tune a model and write OUT/record.json, a checkpoint and a resumable state.
 
 methods:
-  thin   low-rank weights fitted to the data, gradients in a subspace of each layer's input
-  wasi   low-rank weights by SVD, inputs kept as Tucker forms (arXiv 2510.09160)
-  wsi    low-rank weights by SVD, inputs kept whole
-  asi    dense weights, inputs kept as Tucker forms (arXiv 2505.05086)
-  lora   adapters on every linear layer (peft)
-  dense  every weight"""
+  thin     low-rank weights fitted to the data, gradients in a subspace of each layer's input
+  wasi     low-rank weights by SVD, inputs kept as Tucker forms (arXiv 2510.09160)
+  wsi      low-rank weights by SVD, inputs kept whole
+  asi      dense weights, inputs kept as Tucker forms (arXiv 2505.05086)
+  amc      dense weights, inputs kept as their exact HOSVD of every step (arXiv 2411.06346)
+  lora     adapters on every linear layer (peft)
+  lora_fa  the same with the first half of each adapter frozen (arXiv 2308.03303)
+  head     the classifier head alone
+  dense    every weight"""
 
 BENCH_COST_HELP = """Measure what training really takes: a row a way to take the same step, each in a fresh process.
 

@@ -22,9 +22,10 @@ from thintune.convert.weights import DenseLayers, WeightSource
 from thintune.errors import ConfigError, ConversionError, nearest
 from thintune.linalg import truncated_svd
 from thintune.measure import returning_large_blocks
-from thintune.nn import CompressedLinear, FactorLinear, ThinLinear, TuckerCompressor
+from thintune.nn import CompressedLinear, FactorLinear, HosvdCompressor, ThinLinear, TuckerCompressor
 
-_CONVERTIBLE: tuple[Method, ...] = ("thin", "wasi", "wsi", "asi")
+CONVERTIBLE: tuple[Method, ...] = ("thin", "wasi", "wsi", "asi", "amc")
+"""Methods that replace layers."""
 
 
 @torch.no_grad()
@@ -43,15 +44,16 @@ def convert_(
       layer's input.
     - `wsi`, `wasi`: truncated SVD of each weight (arXiv 2510.09160), the input kept whole or as a Tucker form.
     - `asi`: the weight stays dense, the input is kept as a Tucker form (arXiv 2505.05086).
+    - `amc`: the same with the exact HOSVD of every input, its ranks chosen anew each time (arXiv 2411.06346).
 
     Nothing is changed before every check has passed.
 
     Args:
         model: any module whose linear layers are called (not read) in its forward pass.
         config: ranks and patterns; `ThinConfig()` by default.
-        method: `thin`, `wasi`, `wsi` or `asi`.
+        method: `thin`, `wasi`, `wsi`, `asi` or `amc`.
         calibration: batches of inputs, unlabelled: a tensor each, or a tuple or dict of arguments. Not needed by
-            `wsi`.
+            `wsi` and `amc`.
         activation_ranks: `asi` and `wasi`: Tucker ranks by layer, as a plan gives them, instead of those of
             `config.activation_explained_variance`.
         source: `thin`: of the tensors of a model on the meta device. Dense weights are read block by block and dropped
@@ -76,7 +78,7 @@ def convert_(
     if source is not None and method != "thin":
         raise ConversionError(f"source: only method thin reads weights one at a time, got {method!r}; load the model.")
     layers, skipped = select(model, config)
-    if config.rank is not None and method != "asi":
+    if config.rank is not None and method not in ("asi", "amc"):
         choose_ranks(layers, dict, config, cap=False)  # raises before anything is changed
     linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
     before = {
@@ -87,12 +89,14 @@ def convert_(
         batches = checked_batches(calibration)
         convert = convert_data_aware(model, DenseLayers(model, layers, source), config, batches)
     else:
-        compressors = None
-        if method != "wsi":
+        compressors: Mapping[str, TuckerCompressor | HosvdCompressor] | None = None
+        if method == "amc":
+            compressors = {name: HosvdCompressor(config.activation_explained_variance) for name in layers}
+        elif method != "wsi":
             batches = checked_batches(calibration)
             compressors = tucker_compressors(model, layers, batches[0], config, activation_ranks)
         convert = _convert_published(model, layers, config, method, compressors)
-    with contextlib.nullcontext() if source is None else returning_large_blocks():
+    with contextlib.nullcontext() if source is None else returning_large_blocks(1 << 18):
         converted = {
             name: LayerReport(name, *before[name][:2], rank, ranks, before[name][2], _weight_bytes(new))
             for name, new, rank, ranks in convert
@@ -126,9 +130,9 @@ def with_defaults(config: ThinConfig, method: Method) -> ThinConfig:
     Raises:
         ConfigError: a method that converts nothing.
     """
-    if method not in _CONVERTIBLE:
+    if method not in CONVERTIBLE:
         raise ConfigError(
-            f"method: expected one of {', '.join(_CONVERTIBLE)}, got {method!r}.{nearest(method, METHODS)}"
+            f"method: expected one of {', '.join(CONVERTIBLE)}, got {method!r}.{nearest(method, METHODS)}"
         )
     if config.rank is None and config.kept is None and config.explained_variance is None:
         if method == "thin":
@@ -142,7 +146,7 @@ def _convert_published(
     layers: dict[str, nn.Linear],
     config: ThinConfig,
     method: Method,
-    compressors: Mapping[str, TuckerCompressor] | None,
+    compressors: Mapping[str, TuckerCompressor | HosvdCompressor] | None,
 ) -> Converted:
     """The paper's choices: SVD of each weight, Tucker form of each input."""
 
@@ -150,17 +154,19 @@ def _convert_published(
         return {n: torch.linalg.svdvals(layers[n].weight).square() for n in names}
 
     names = [n for n in layers if compressors is None or n in compressors]
-    ranks = {} if method == "asi" else choose_ranks({n: layers[n] for n in names}, spectra, config, cap=False)
+    dense = method in ("asi", "amc")
+    ranks = {} if dense else choose_ranks({n: layers[n] for n in names}, spectra, config, cap=False)
     for name in names:
         layer = layers.pop(name)
         compressor = compressors[name] if compressors else None
-        if method == "asi":
+        if dense:
             assert compressor is not None
             new: nn.Module = CompressedLinear(
                 layer.in_features, layer.out_features, layer.bias is not None, compressor=compressor, device="meta"
             )
             new.weight, new.bias = layer.weight, layer.bias
         else:
+            assert not isinstance(compressor, HosvdCompressor)
             new = FactorLinear(
                 layer.in_features,
                 layer.out_features,

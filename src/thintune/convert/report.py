@@ -15,7 +15,7 @@ class LayerReport:
     rank: int | None
     """Rank of the weight; None for a weight left dense."""
     activation_ranks: tuple[int, ...] | None
-    """Ranks of the kept input, the feature mode last; None for an input kept whole."""
+    """Ranks of the kept input, the feature mode last; empty: chosen anew at every step; None: input kept whole."""
     bytes_before: int
     bytes_after: int
     skipped: str | None = None
@@ -58,7 +58,7 @@ class ConversionReport:
             if layer.skipped is not None:
                 lines.append(f"{layer.name:<32} {shape:>12} skipped: {layer.skipped}")
                 continue
-            ranks = "x".join(map(str, layer.activation_ranks)) if layer.activation_ranks else "whole"
+            ranks = "whole" if layer.activation_ranks is None else "x".join(map(str, layer.activation_ranks)) or "any"
             lines.append(
                 f"{layer.name:<32} {shape:>12} {layer.rank or 'dense':>5} {ranks:>14} "
                 f"{layer.bytes_before / 1e3:>10.1f} {layer.bytes_after / 1e3:>10.1f}"

@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from thintune.convert.selection import freeze_as_, replace_, trains
-from thintune.nn import CompressedLinear, FactorLinear, LeanBlock, SubspaceLinear, TuckerCompressor, make_lean_
+from thintune.nn import (
+    CompressedLinear,
+    FactorLinear,
+    HosvdCompressor,
+    LeanBlock,
+    SubspaceLinear,
+    TuckerCompressor,
+    make_lean_,
+)
 
 _LEAN = ("attention", "activation", "norm")
 
@@ -37,9 +45,11 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     return layers
 
 
-def _describe(compressor: TuckerCompressor | None) -> dict[str, Any] | None:
+def _describe(compressor: TuckerCompressor | HosvdCompressor | None) -> dict[str, Any] | None:
     if compressor is None:
         return None
+    if isinstance(compressor, HosvdCompressor):
+        return {"explained_variance": compressor.explained_variance}
     return {"shape": list(compressor.shape), "ranks": list(compressor.ranks)}
 
 
@@ -54,7 +64,8 @@ def rebuild_(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
         kind = kinds[arguments.pop("kind")]
         described = arguments.pop("compressor", None)
         if described is not None:
-            arguments["compressor"] = TuckerCompressor(described["shape"], described["ranks"])
+            exact = "explained_variance" in described
+            arguments["compressor"] = (HosvdCompressor if exact else TuckerCompressor)(**described)
         stored = arguments.pop("factor_dtype", None)
         old, new = model.get_submodule(name), kind(**arguments, device="meta")
         if stored is not None:

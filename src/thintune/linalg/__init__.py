@@ -12,6 +12,7 @@ from thintune.linalg.subspace import subspace_iteration, warm_subspace_step, war
 from thintune.linalg.svd import rank_for_explained_variance, truncated_svd
 from thintune.linalg.tucker import (
     compress_warm,
+    hosvd,
     mode_dot,
     mode_ranks,
     reconstruct,
@@ -23,6 +24,7 @@ from thintune.linalg.tucker import (
 __all__ = [
     "compress_warm",
     "data_aware_factors",
+    "hosvd",
     "input_basis",
     "leading_directions",
     "mode_dot",

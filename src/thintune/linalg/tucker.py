@@ -90,6 +90,32 @@ def st_hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]
     return core, factors
 
 
+def hosvd(tensor: Tensor, explained_variance: float) -> tuple[Tensor, list[Tensor]]:
+    """Truncated higher-order SVD, its ranks by explained variance (AMC, arXiv 2411.06346).
+
+    Every factor holds the leading left singular vectors of the tensor's own unfolding, found by the eigenvectors of
+    its Gram matrix; the core is the tensor's projection on all of them.
+
+    Args:
+        tensor: (n_1, ..., n_m), m >= 2.
+        explained_variance: share of the variance that every mode must keep, in (0, 1].
+
+    Returns:
+        core (r_1, ..., r_m) and factors (n_i, r_i) with orthonormal columns, the ranks those of `mode_ranks`.
+
+    Raises:
+        ConfigError: a share outside (0, 1].
+    """
+    core, factors = tensor, []
+    for mode in range(tensor.ndim):
+        values, vectors = torch.linalg.eigh(_gram(tensor, mode))
+        rank = rank_for_explained_variance(values.flip(0), explained_variance)
+        factor = vectors.flip(1)[:, :rank].to(tensor.dtype).contiguous()
+        core = mode_dot(core, factor.T, mode)
+        factors.append(factor)
+    return core, factors
+
+
 def sketch(rows: int, columns: int, like: Tensor) -> Tensor:
     """Fixed Gaussian matrix (rows, columns), the start of an iteration that has no past; the same on every call."""
     generator = torch.Generator().manual_seed(0x7417 + rows * 65537 + columns)

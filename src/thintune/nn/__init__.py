@@ -1,12 +1,13 @@
 """Layers that replace `torch.nn.Linear` and blocks that keep little; all state of warm starts lives here."""
 
 from thintune.nn.block import LeanBlock, is_block, make_lean_, make_plain_, why_not_lean
-from thintune.nn.compression import TuckerCompressor
+from thintune.nn.compression import HosvdCompressor, TuckerCompressor
 from thintune.nn.linear import CompressedLinear, FactorLinear, SubspaceLinear, ThinLinear
 
 __all__ = [
     "CompressedLinear",
     "FactorLinear",
+    "HosvdCompressor",
     "LeanBlock",
     "SubspaceLinear",
     "ThinLinear",

@@ -1,4 +1,4 @@
-"""Warm-started Tucker compression of one layer's input."""
+"""Tucker compression of one layer's input: warm-started, or anew each time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from thintune.linalg.tucker import compress_warm
+from thintune.linalg.tucker import compress_warm, hosvd
 
 
 class TuckerCompressor(nn.Module):
@@ -56,3 +56,25 @@ class TuckerCompressor(nn.Module):
             if name is not None and factor.shape == self.get_buffer(name).shape:
                 self.get_buffer(name).copy_(factor)
         self._pending = []
+
+
+class HosvdCompressor(nn.Module):
+    """The exact truncated HOSVD of a layer's input at every call, its ranks chosen anew (AMC, arXiv 2411.06346).
+
+    Holds no state. Its price is an eigendecomposition of every mode's Gram matrix for every micro-batch, (n^3) each.
+
+    Args:
+        explained_variance: share of the variance that every mode must keep, in (0, 1].
+    """
+
+    ranks: tuple[int, ...] = ()
+    """Empty: they differ from step to step."""
+
+    def __init__(self, explained_variance: float) -> None:
+        super().__init__()
+        self.explained_variance = explained_variance
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Returns core and factors of `x`."""
+        return hosvd(x, self.explained_variance)

@@ -2,8 +2,8 @@
 
 `ThinLinear` is what is shipped: two thin products and nothing else. Its two children train: `SubspaceLinear` in a
 fixed subspace of the input (method `thin`), `FactorLinear` through both factors (methods `wsi` and `wasi`).
-`CompressedLinear` is a dense layer that keeps a Tucker form of its input (method `asi`). Outside training all of them
-are plain products, so export never meets an autograd function.
+`CompressedLinear` is a dense layer that keeps a Tucker form of its input (methods `asi` and `amc`). Outside training
+all of them are plain products, so export never meets an autograd function.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from thintune import ops
 from thintune.errors import ConfigError
 from thintune.linalg import orthonormalize
-from thintune.nn.compression import TuckerCompressor
+from thintune.nn.compression import HosvdCompressor, TuckerCompressor
 
 
 class ThinLinear(nn.Module):
@@ -218,13 +218,13 @@ class FactorLinear(ThinLinear):
 
 
 class CompressedLinear(nn.Linear):
-    """A dense layer that keeps a Tucker form of its input for the backward pass (ASI, arXiv 2505.05086).
+    """A dense layer that keeps a Tucker form of its input for the backward pass (ASI, AMC).
 
     Args:
         in_features: I.
         out_features: O.
         bias: whether there is a bias.
-        compressor: of the input.
+        compressor: of the input: warm-started (ASI, arXiv 2505.05086) or exact at every step (AMC, arXiv 2411.06346).
         device: of the parameters.
         dtype: of the parameters.
     """
@@ -235,7 +235,7 @@ class CompressedLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        compressor: TuckerCompressor,
+        compressor: TuckerCompressor | HosvdCompressor,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from thintune.config import DataConfig, ModelConfig, RunConfig, ThinConfig
 from thintune.convert import ConversionReport, convert_, make_trainable_
+from thintune.convert.dense_to_thin import CONVERTIBLE
 from thintune.convert.selection import matches, select
 from thintune.convert.structure import rebuild_
 from thintune.data import Normalization, Split, Splits, load_splits
 from thintune.errors import ConfigError
 from thintune.measure import return_freed_blocks
 from thintune.planning.perplexity import perplexity_table, plan_activations
-from thintune.train.lora import import_peft, inject_lora_
+from thintune.train.methods import import_for, prepare_
 from thintune.train.models import build_model, classifier_name, import_timm, open_model
 from thintune.train.thin_start import load_thin, thin_folder
 
@@ -34,8 +35,7 @@ def import_libraries(config: RunConfig) -> None:
     elif config.data.name not in ("fashion-mnist", "folder", "synthetic"):
         with contextlib.suppress(ImportError):
             importlib.import_module("torchvision.datasets")
-    if config.method == "lora":
-        import_peft()
+    import_for(config)
 
 
 def check_device(device: str) -> None:
@@ -61,7 +61,7 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
     """Builds the model and applies the method.
 
     Returns:
-        The model, and what the conversion did, or None for `dense` and `lora`.
+        The model, and what the conversion did, or None for a method that converts nothing.
     """
     if config.train.layerwise_update:
         return_freed_blocks()
@@ -77,10 +77,8 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
     else:
         model = build_model(config.model, splits.classes, config.data.image_size).to(config.device)
     head = classifier_name(model)
-    if config.method == "dense":
-        return model, None
-    if config.method == "lora":
-        inject_lora_(model, config.lora, head)
+    if config.method not in CONVERTIBLE:
+        prepare_(model, config, head)
         return model, None
     thin = without_head(config.thin, head)
     batches = calibration_batches(config, splits.train)
@@ -134,7 +132,6 @@ def rebuild(config: RunConfig, classes: int, layers: dict[str, dict[str, Any]]) 
     """The model of an interrupted run, its parameters without values (on the meta device): the saved state has them."""
     source = dataclasses.replace(config.model, checkpoint=None, pretrained=False)
     model = build_model(source, classes, config.data.image_size, empty=True)
-    if config.method == "lora":
-        inject_lora_(model, config.lora, classifier_name(model))
+    prepare_(model, config, classifier_name(model))
     rebuild_(model, layers)
     return model

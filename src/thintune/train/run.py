@@ -25,7 +25,7 @@ from thintune.records import RunRecord
 from thintune.train.evaluate import evaluate
 from thintune.train.head import fit_head_
 from thintune.train.loop import Loop, Progress
-from thintune.train.lora import merge_lora_
+from thintune.train.methods import finish_
 from thintune.train.models import classifier_name
 from thintune.train.prepare import build, check_device, import_libraries, load_data, rebuild
 from thintune.train.state import SavedState, save_state
@@ -232,8 +232,7 @@ class _Run:
 
     def _finish(self, model: nn.Module, splits: Splits) -> None:
         config = self.config
-        if config.method == "lora":
-            merge_lora_(model)
+        finish_(model, config)
         size = min(config.train.micro_batch or config.train.batch_size, 32)
         self.record.val_accuracy = evaluate(model, splits.val, size, config.device).accuracy
         tested = evaluate(model, splits.test, size, config.device)

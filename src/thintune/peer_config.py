@@ -1,0 +1,27 @@
+"""Configuration of the methods that thintune is compared with; part of `thintune.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from thintune.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with this message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapters of `lora` and `lora_fa` (`peft`)."""
+
+    rank: int = 16
+    """Rank of each adapter."""
+    alpha: float = 16.0
+    """Scale of each adapter, divided by the rank."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"lora.rank: expected at least 1, got {self.rank}.")
+        require(self.alpha > 0, f"lora.alpha: expected more than 0, got {self.alpha}.")

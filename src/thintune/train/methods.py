@@ -1,0 +1,42 @@
+"""What a method that converts no layer does to a model: before training, and when it is done."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from thintune.config import RunConfig
+from thintune.train.lora import import_peft, inject_lora_, merge_lora_
+
+_LORA = ("lora", "lora_fa")
+
+
+def import_for(config: RunConfig) -> None:
+    """Imports the library that a method is taken from.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    if config.method in _LORA:
+        import_peft()
+
+
+def prepare_(model: nn.Module, config: RunConfig, head: str) -> None:
+    """Adds adapters and freezes what does not train; a converted or dense model stays as it is.
+
+    Args:
+        model: with values, or on the meta device to be filled from a saved state.
+        config: `head` trains the head alone: nothing before it needs a gradient, so autograd keeps none of it, and a
+            step is a forward pass and one small product. `lora` and `lora_fa` train adapters and the head.
+        head: name of the head.
+    """
+    if config.method == "head":
+        model.requires_grad_(False)
+        model.get_submodule(head).requires_grad_(True)
+    elif config.method in _LORA:
+        inject_lora_(model, config.lora, head, frozen_down=config.method == "lora_fa")
+
+
+def finish_(model: nn.Module, config: RunConfig) -> None:
+    """Merges the adapters of a trained model, which is then as it is shipped."""
+    if config.method in _LORA:
+        merge_lora_(model)
