@@ -15,6 +15,7 @@ TINY = [
     *("--data.name", "digits", "--data.image_size", "28", "--data.train_limit", "90", "--data.test_limit", "60"),
     *("--train.batch_size", "20", "--train.epochs", "2", "--train.learning_rate", "1e-4"),
     *("--thin.calibration_images", "40", "--thin.refresh_every", "3", "--thin.activation_rank", "8"),
+    *("--galore.rank", "8", "--galore.update_gap", "3", "--galore.scale", "2"),
 ]
 
 

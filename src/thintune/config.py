@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from thintune.errors import ConfigError, nearest
-from thintune.peer_config import LoraConfig
+from thintune.peer_config import GaloreConfig, LoraConfig
 from thintune.peer_config import require as _require
 
 Precision = Literal["lean", "exact"]
-Method = Literal["thin", "wasi", "wsi", "asi", "amc", "lora", "lora_fa", "head", "dense"]
+Method = Literal["thin", "wasi", "wsi", "asi", "amc", "lora", "lora_fa", "galore", "head", "dense"]
 METHODS: tuple[Method, ...] = get_args(Method)
 SOURCES = (
     "digits",
@@ -231,7 +231,7 @@ class RunConfig:
     """One training run."""
 
     method: Method = "thin"
-    """thin, wasi, wsi, asi, amc, lora, lora_fa, head or dense."""
+    """thin, wasi, wsi, asi, amc, lora, lora_fa, galore, head or dense."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Which model is trained."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -242,6 +242,8 @@ class RunConfig:
     """How linear layers become thin."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The adapters of `lora` and `lora_fa` (`peft`)."""
+    galore: GaloreConfig = field(default_factory=GaloreConfig)
+    """The subspaces of `galore` (`pytorch-optimizer`)."""
     device: str = "cpu"
     """cpu or cuda."""
     threads: int | None = None
@@ -256,7 +258,15 @@ class RunConfig:
         _require(self.threads is None or self.threads >= 1, f"threads: expected at least 1, got {self.threads}.")
 
 
-_PARTS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "thin": ThinConfig, "lora": LoraConfig}
+PARTS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "thin": ThinConfig,
+    "lora": LoraConfig,
+    "galore": GaloreConfig,
+}
+"""The parts of a configuration, by name."""
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -271,7 +281,7 @@ def from_dict(document: dict[str, Any]) -> RunConfig:
         ConfigError: an unknown key, with the nearest known one.
     """
     document = dict(document)
-    for part, cls in _PARTS.items():
+    for part, cls in PARTS.items():
         values = document.get(part, {})
         _check_keys(values, cls, f"{part}.")
         document[part] = cls(**values)

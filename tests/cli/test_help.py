@@ -6,9 +6,7 @@ import re
 import pytest
 
 from thintune.cli.parser import bench_cost_parser, eval_parser, train_parser
-from thintune.config import METHODS, DataConfig, LoraConfig, ModelConfig, RunConfig, ThinConfig, TrainConfig
-
-PARTS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "thin": ThinConfig, "lora": LoraConfig}
+from thintune.config import METHODS, PARTS, RunConfig
 
 
 def settings():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import thintune as tt
-from thintune.config import DataConfig, LoraConfig, ModelConfig, RunConfig, ThinConfig, TrainConfig
+from thintune.config import PARTS, RunConfig
 from thintune.errors import ConversionError, OutputError
 from thintune.io import save_checkpoint
 
@@ -56,6 +56,12 @@ def refused(thintune, tmp_path):
         (["--thin.include_modules", "[block]"], "matches no linear layer. Did you mean 'blocks'"),
         (["--data.train_limit", "99999"], "99999"),
         (["--thin.calibration_images", "1", "--thin.rank", "40"], "calibration"),
+        (["--method", "galore", "--galore.rank", "64"], "galore.rank: expected less than the smaller side"),
+        (["--method", "galore", "--galore.scale", "0"], "galore.scale: expected more than 0, got 0"),
+        (["--galore.rang", "3"], "Did you mean '--galore.rank'"),
+        (["--method", "lora_fa", "--lora.rank", "0"], "lora.rank: expected at least 1, got 0"),
+        (["--method", "amc", "--thin.activation_explained_variance", "0"], "expected a number in (0, 1], got 0"),
+        (["--method", "head", "--model.checkpoint", "models"], "method: expected thin, to start from the checkpoint"),
     ],
 )
 def test_a_bad_value_is_named(words, said, tiny, refused):
@@ -176,13 +182,7 @@ def test_help_names_every_setting_and_explains_it(thintune):
     code, output, _ = thintune("train", "--help")
     assert code == 0
     text = " ".join(output.split())
-    for part, cls in {
-        "model": ModelConfig,
-        "data": DataConfig,
-        "train": TrainConfig,
-        "thin": ThinConfig,
-        "lora": LoraConfig,
-    }.items():
+    for part, cls in PARTS.items():
         for field in dataclasses.fields(cls):
             flag = f"--{part}.{field.name} "
             assert flag in text

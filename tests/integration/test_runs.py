@@ -9,7 +9,7 @@ import torch
 from thintune.io import read_checkpoint
 from thintune.records import RunRecord
 
-METHODS = ["thin", "wasi", "wsi", "asi", "amc", "lora", "lora_fa", "head", "dense"]
+METHODS = ["thin", "wasi", "wsi", "asi", "amc", "lora", "lora_fa", "galore", "head", "dense"]
 MAY_BE_NULL = {"error", "explained_variance", "model_checkpoint", "git_commit"}
 
 

@@ -7,7 +7,6 @@ reentrancy.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from thintune.bench.rows import RANK, Row
 from thintune.config import LoraConfig, ModelConfig
 from thintune.data import Splits, micro_batches
-from thintune.errors import ConfigError, MissingDependencyError
+from thintune.errors import ConfigError
 from thintune.io.checkpoint import fill_
-from thintune.measure import release_free_memory
+from thintune.optim.galore import import_galore, project, projected_weights
 from thintune.train.lora import inject_lora_
 from thintune.train.models import build_model, classifier_name, start_head_
 
@@ -136,22 +135,6 @@ def _gradients_in_momentum(parameters: list[nn.Parameter]) -> Callable[[], None]
     return finish
 
 
-def import_galore() -> Any:
-    """Imports the projector of pytorch-optimizer.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
-    except ImportError as error:
-        message = "pytorch-optimizer is not installed; run: pip install 'thintune[bench]', or leave out rows galore-*"
-        raise MissingDependencyError(message) from error
-    return GaLoreProjector
-
-
 class _Projected:
     """One matrix whose gradient lives in a subspace: G -> P.T G or G P, and so does its momentum."""
 
@@ -166,10 +149,7 @@ class _Projected:
         """Projects the dense gradient, adds it up and frees it: projection is linear, so the sum is exact."""
         if self.parameter.grad is None:
             return
-        decomposed = self.projector.last_svd_step
-        low = self.projector.project(self.parameter.grad, self.steps)
-        if self.projector.last_svd_step != decomposed:
-            release_free_memory()  # what it worked in leaves holes in the heap, which the peak would stand on
+        low = project(self.projector, self.parameter.grad, self.steps)
         self.gradient = low if self.gradient is None else self.gradient.add_(low)
         self.parameter.grad = None
 
@@ -187,8 +167,7 @@ class _Projected:
 def _galore(model: nn.Module, head: str, parameters: list[nn.Parameter], in_backward: bool) -> Callable[[], None]:
     """GaLore on every linear layer but the head, plain momentum elsewhere."""
     make = import_galore()
-    layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != head]
-    matrices = [m.weight for m in layers if min(m.weight.shape) > RANK]
+    matrices = projected_weights(model, head, RANK)
     projected = [_Projected(w, make(rank=RANK, update_proj_gap=PROJECTION_GAP, scale=1.0)) for w in matrices]
     if in_backward:
         for one in projected:

@@ -1,11 +1,15 @@
-"""What a method that converts no layer does to a model: before training, and when it is done."""
+"""What a method is beside the conversion of layers: what it freezes and adds, its optimizer, and what it ships."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from thintune.config import RunConfig
+from thintune.optim import build_optimizer
+from thintune.optim.galore import build_galore, check_galore, import_galore
 from thintune.train.lora import import_peft, inject_lora_, merge_lora_
+from thintune.train.models import classifier_name
 
 _LORA = ("lora", "lora_fa")
 
@@ -18,6 +22,8 @@ def import_for(config: RunConfig) -> None:
     """
     if config.method in _LORA:
         import_peft()
+    elif config.method == "galore":
+        import_galore()
 
 
 def prepare_(model: nn.Module, config: RunConfig, head: str) -> None:
@@ -28,12 +34,24 @@ def prepare_(model: nn.Module, config: RunConfig, head: str) -> None:
         config: `head` trains the head alone: nothing before it needs a gradient, so autograd keeps none of it, and a
             step is a forward pass and one small product. `lora` and `lora_fa` train adapters and the head.
         head: name of the head.
+
+    Raises:
+        ConfigError: subspaces of `galore` that no layer is large enough for.
     """
     if config.method == "head":
         model.requires_grad_(False)
         model.get_submodule(head).requires_grad_(True)
     elif config.method in _LORA:
         inject_lora_(model, config.lora, head, frozen_down=config.method == "lora_fa")
+    elif config.method == "galore":
+        check_galore(model, head, config.galore.rank)
+
+
+def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """Builds the optimizer that the method and the configuration ask for."""
+    if config.method == "galore":
+        return build_galore(model, classifier_name(model), config.train, config.galore)
+    return build_optimizer(model, config.train)
 
 
 def finish_(model: nn.Module, config: RunConfig) -> None:

@@ -20,12 +20,12 @@ from thintune.data import Splits
 from thintune.errors import ConfigError, DataError, ThintuneError
 from thintune.io import prepare_directory, save_checkpoint, write_text
 from thintune.measure import median_and_iqr, peak_rss_bytes, provenance, release_free_memory, rss_bytes
-from thintune.optim import ThinStep, build_optimizer
+from thintune.optim import ThinStep
 from thintune.records import RunRecord
 from thintune.train.evaluate import evaluate
 from thintune.train.head import fit_head_
 from thintune.train.loop import Loop, Progress
-from thintune.train.methods import finish_
+from thintune.train.methods import finish_, make_optimizer
 from thintune.train.models import classifier_name
 from thintune.train.prepare import build, check_device, import_libraries, load_data, rebuild
 from thintune.train.state import SavedState, save_state
@@ -132,7 +132,7 @@ class _Run:
     def _execute(self, splits: Splits) -> None:
         config = self.config
         model = self._fresh_model(splits) if self.state is None else self._saved_model(splits, self.state)
-        optimizer = build_optimizer(model, config.train)
+        optimizer = make_optimizer(model, config)
         thin = config.thin
         thin_step = ThinStep(model, optimizer, refresh_every=thin.refresh_every, update_scale=thin.update_scale)
         loop = Loop(model, optimizer, thin_step, splits.train, config.train, config.device)
