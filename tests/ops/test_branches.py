@@ -10,6 +10,7 @@ from thintune import ops
 from thintune.ops import branches
 from thintune.ops.normalize import dequantize_rows, quantize_rows
 from thintune.ops.reference import attention_branch_reference, mlp_branch_reference
+from thintune.ops.workspace import pool
 
 B, N, D, HIDDEN, HEADS, K, R = 3, 5, 12, 20, 3, 4, 2
 
@@ -142,3 +143,17 @@ def test_lean_layer_norm(affine):
     expected = torch.autograd.grad((theirs * weight).sum(), wanted)
     got = torch.autograd.grad((ours * weight).sum(), wanted)
     assert min(decibel(one, other) for one, other in zip(expected, got, strict=True)) > 35
+
+
+def test_a_graph_that_is_kept_keeps_its_memory():
+    ops.release_buffers()
+    found = arguments("mlp", scaled=False)
+    options = ops.BranchOptions(eps=1e-5)
+    out = ops.mlp_branch(*found, options)
+    first = torch.autograd.grad(out.sum(), found[0], retain_graph=True)[0]
+    assert pool().bytes == 0
+    ops.mlp_branch(*found, options)  # would overwrite what was given back
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), found[0])[0], first, rtol=0, atol=0)
+    assert pool().bytes > 0
+    ops.release_buffers()
+    assert pool().bytes == 0

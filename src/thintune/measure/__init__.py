@@ -5,7 +5,12 @@ What could not be measured is `None`, never 0.
 
 from thintune.measure import provenance
 from thintune.measure.activations import SavedActivations
-from thintune.measure.allocator import release_free_memory, return_freed_blocks, returning_large_blocks
+from thintune.measure.allocator import (
+    release_free_memory,
+    return_freed_blocks,
+    returning_large_blocks,
+    reuse_freed_blocks,
+)
 from thintune.measure.flops import count_flops
 from thintune.measure.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
 from thintune.measure.timing import interleave, median_and_iqr
@@ -23,6 +28,7 @@ __all__ = [
     "reset_peak_rss",
     "return_freed_blocks",
     "returning_large_blocks",
+    "reuse_freed_blocks",
     "rss_bytes",
     "track",
 ]

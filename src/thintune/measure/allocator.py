@@ -21,7 +21,7 @@ def return_freed_blocks(threshold_bytes: int = 64 << 10) -> bool:
 
     glibc raises this threshold by itself to the largest block ever freed (32 MB at most), and from then on keeps
     tensors in a heap where a short-lived one among long-lived ones leaves a hole. Holding it fixed costs page faults
-    for every fresh block: right where little memory moves, wrong for large batches.
+    for every fresh block: right while a model is loaded and converted, wrong for the steps that follow.
 
     Returns:
         Whether the C library can do so (glibc's mallopt).
@@ -31,6 +31,19 @@ def return_freed_blocks(threshold_bytes: int = 64 << 10) -> bool:
     if done:
         _fixed_bytes = threshold_bytes
     return done
+
+
+def reuse_freed_blocks() -> bool:
+    """Lets freed blocks stay in the heap for the next ones: the opposite of `return_freed_blocks`, from here on.
+
+    For the time when what stays has been made, and every step asks for the same short-lived blocks again.
+
+    Returns:
+        Whether the C library can do so.
+    """
+    global _fixed_bytes  # noqa: PLW0603 - so is what it remembers
+    _fixed_bytes = None
+    return _set_threshold(_LARGEST_THRESHOLD)
 
 
 def release_free_memory() -> bool:
@@ -52,7 +65,7 @@ def release_free_memory() -> bool:
 
 
 @contextlib.contextmanager
-def returning_large_blocks(threshold_bytes: int = 1 << 18) -> Iterator[None]:
+def returning_large_blocks(threshold_bytes: int = 64 << 10) -> Iterator[None]:
     """Inside, every freed block of this size and more goes back to the operating system at once.
 
     Afterwards holds what `return_freed_blocks` fixed for the process, or else what glibc settles on by itself.

@@ -45,8 +45,11 @@ def count_flops(fn: Callable[[], object]) -> int:
 
 def _missing_formulas() -> dict[Any, Callable[..., int]]:
     """Operators that torch's counter does not know; each formula gets shapes in place of tensors."""
-    aten = torch.ops.aten
+    aten, more = torch.ops.aten, {}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        more[torch.ops.mkldnn._linear_pointwise] = _linear
     return {
+        **more,
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
         aten.addmm_: _added_product,
@@ -77,6 +80,10 @@ def _attention_backward(_grad: Shape, query: Shape, key: Shape, value: Shape, *_
 
 def _added_product(_target: Shape, left: Shape, right: Shape, *_args: object, **_kwargs: object) -> int:
     return 2 * prod(left) * right[-1]
+
+
+def _linear(x: Shape, weight: Shape, *_args: object, **_kwargs: object) -> int:
+    return 2 * prod(x) * weight[0]
 
 
 def _vector_product(left: Shape, _right: Shape, *_args: object, **_kwargs: object) -> int:

@@ -67,7 +67,10 @@ class ThinLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Maps (..., I) to (..., O)."""
         right, left = self.right.to(input.dtype), self.left.to(input.dtype)  # stored factors may be narrower
-        return F.linear(F.linear(input, right), left, self.bias)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.linear(F.linear(input, right), left, self.bias)
+        rows = input.reshape(-1, self.in_features)
+        return ops.linear(ops.linear(rows, right), left, self.bias).view(*input.shape[:-1], self.out_features)
 
     def training_only(self) -> set[str]:
         """Names of the tensors that inference does not need."""

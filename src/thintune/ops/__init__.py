@@ -9,8 +9,10 @@ from thintune.ops.branches import BranchOptions, ThinWeights, attention_branch, 
 from thintune.ops.compressed import compressed_linear
 from thintune.ops.factors import factor_linear
 from thintune.ops.normalize import lean_layer_norm
+from thintune.ops.products import linear
 from thintune.ops.subspace import subspace_linear
 from thintune.ops.tucker_gradient import tucker_weight_gradient
+from thintune.ops.workspace import release_buffers
 
 __all__ = [
     "BranchOptions",
@@ -19,7 +21,9 @@ __all__ = [
     "compressed_linear",
     "factor_linear",
     "lean_layer_norm",
+    "linear",
     "mlp_branch",
+    "release_buffers",
     "subspace_linear",
     "tucker_weight_gradient",
 ]

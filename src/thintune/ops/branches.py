@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from thintune.ops.attention import attention_gradients_, attention_into
 from thintune.ops.normalize import dequantize_rows, normalization_gradients, normalize_rows, quantize_rows_into
-from thintune.ops.workspace import workspace
+from thintune.ops.products import linear, linear_gelu
+from thintune.ops.workspace import Pool, pool, workspace
 
 CHUNK_ROWS = 2048
 """Most rows that are worked on at once."""
@@ -56,7 +57,7 @@ class BranchOptions:
     """Keep the normalised input whole."""
     heads: int = 1
     """`attention_branch`: heads."""
-    scale: float | None = None
+    scale: float = 1.0
     """`attention_branch`: factor on q k.T."""
     observe_first: Callable[[Tensor], None] | None = None
     """Told the input rows of the branch's first layer."""
@@ -95,19 +96,20 @@ class _Forward:
     """What the forward pass of a branch keeps, filled chunk by chunk."""
 
     def __init__(self, branch: _Branch, rows: Tensor, options: BranchOptions) -> None:
-        m, d = rows.shape
-        self.branch, self.options = branch, options
-        self.values = rows.new_empty(m, d, dtype=rows.dtype if options.exact_norm else torch.int8)
-        self.step, self.rstd = rows.new_ones(m, 1), rows.new_empty(m, 1)
+        self.branch, self.options, self.pool = branch, options, pool()
         first, second = branch.first, branch.second
-        self.reduced = rows.new_empty(m, first.right.shape[0])
-        self.seen = rows.new_empty(m, first.basis.shape[1])
-        self.seen_second = rows.new_empty(m, second.basis.shape[1])
-        scaled = branch.scale is not None
-        self.reduced_second = rows.new_empty(m if scaled else 0, second.right.shape[0])
+        self.values = self._room(rows, rows.shape[1], rows.dtype if options.exact_norm else torch.int8)
+        self.step, self.rstd = self._room(rows, 1).fill_(1), self._room(rows, 1)
+        self.reduced = self._room(rows, first.right.shape[0])
+        self.seen = self._room(rows, first.basis.shape[1])
+        self.seen_second = self._room(rows, second.basis.shape[1])
+        self.reduced_second = self._room(rows if branch.scale is not None else rows[:0], second.right.shape[0])
+
+    def _room(self, rows: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.pool.take(len(rows), width, dtype or rows.dtype, rows.device)
 
     def first_layer(self, rows: Tensor, chunk: slice) -> Tensor:
-        """Normalises, keeps, and gives the first layer's output (m, O)."""
+        """Normalises, keeps, and gives the first layer's thin product (m, K)."""
         branch, options = self.branch, self.options
         normal, self.rstd[chunk] = normalize_rows(rows, options.eps)
         if options.exact_norm:
@@ -118,8 +120,7 @@ class _Forward:
         if options.observe_first is not None:
             options.observe_first(normal)
         torch.mm(normal, branch.first.basis, out=self.seen[chunk])
-        torch.mm(normal, branch.first.right.T, out=self.reduced[chunk])
-        return _expand(branch.first, self.reduced[chunk])
+        return self.reduced[chunk].copy_(linear(normal, branch.first.right))
 
     def second_layer(self, inner: Tensor, rows: Tensor, out: Tensor, chunk: slice) -> None:
         """Writes rows + s * second(inner) to out."""
@@ -127,17 +128,17 @@ class _Forward:
         if self.options.observe_second is not None:
             self.options.observe_second(inner)
         torch.mm(inner, second.basis, out=self.seen_second[chunk])
+        reduced = linear(inner, second.right)
         if scale is None:
-            reduced = torch.mm(inner, second.right.T, out=_take("reduced", rows, second.right.shape[0]))
-            torch.add(rows, second.bias, out=out).addmm_(reduced, second.left.T)
+            torch.add(rows, _expand(second, reduced), out=out)
         else:
-            torch.mm(inner, second.right.T, out=self.reduced_second[chunk])
-            torch.addcmul(rows, _expand(second, self.reduced_second[chunk]), scale, out=out)
+            self.reduced_second[chunk] = reduced
+            torch.addcmul(rows, _expand(second, reduced), scale, out=out)
 
     def keep(self, ctx: Any) -> None:
         """Hands everything to autograd."""
         b = self.branch
-        ctx.options = self.options
+        ctx.options, ctx.pool = self.options, self.pool
         ctx.save_for_backward(
             self.values,
             self.step,
@@ -154,16 +155,17 @@ class _Backward:
     """Gradients of a branch, added up chunk by chunk."""
 
     def __init__(self, ctx: Any, grad: Tensor) -> None:
-        (self.values, self.step, self.rstd, self.reduced, self.seen, self.seen_second, self.reduced_second, *rest) = (
-            ctx.saved_tensors
-        )
-        self.branch = b = _Branch(tuple(rest))
+        tensors = ctx.saved_tensors
+        self.kept: tuple[Tensor, ...] = tensors[:7]
+        self.pool: Pool = ctx.pool
+        self.values, self.step, self.rstd, self.reduced, self.seen, self.seen_second, self.reduced_second = self.kept
+        self.branch = b = _Branch(tuple(tensors[7:]))
         self.rows = grad.reshape(-1, grad.shape[-1])
         self.grad_x = torch.empty_like(self.rows)
         self.gamma, self.beta = torch.zeros_like(b.gamma), torch.zeros_like(b.beta)
         self.scale = None if b.scale is None else torch.zeros_like(b.scale)
         self.biases = torch.zeros_like(b.first.bias), torch.zeros_like(b.second.bias)
-        self.updates = torch.zeros_like(b.first.update), torch.zeros_like(b.second.update)
+        self.updates: list[Tensor | None] = [None, None]
 
     def second_layer(self, chunk: slice) -> Tensor:
         """Gradient (m, I) of the second layer's input."""
@@ -174,8 +176,8 @@ class _Backward:
             self.scale += output.mul_(grad).sum(0)
             grad = torch.mul(grad, scale, out=output)
         self.biases[1].add_(grad.sum(0))
-        self.updates[1].addmm_(grad.T, self.seen_second[chunk])
-        return _through(second, grad, "wide gradient")
+        self._update(1, self.seen_second[chunk], grad)
+        return _through(second, grad)
 
     def first_output(self, chunk: slice) -> Tensor:
         """The first layer's output (m, O), from the thin product that was kept."""
@@ -185,8 +187,8 @@ class _Backward:
         """Takes the gradient (m, O) of the first layer's output down to the branch's input."""
         first = self.branch.first
         self.biases[0].add_(grad.sum(0))
-        self.updates[0].addmm_(grad.T, self.seen[chunk])
-        grad_normal = _through(first, grad, "narrow gradient")
+        self._update(0, self.seen[chunk], grad)
+        grad_normal = _through(first, grad)
         normal = dequantize_rows(self.values[chunk], self.step[chunk])
         inner, gamma, beta = normalization_gradients(grad_normal, normal, self.branch.gamma)
         torch.addcmul(self.rows[chunk], inner, self.rstd[chunk], out=self.grad_x[chunk])
@@ -194,26 +196,35 @@ class _Backward:
         self.gamma += gamma
         self.beta += beta
 
+    def _update(self, layer: int, seen: Tensor, grad: Tensor) -> None:
+        """Adds (X U).T G (r, O), the update's gradient transposed."""
+        found, before = linear(seen.T, grad.T), self.updates[layer]
+        self.updates[layer] = found if before is None else before.add_(found)
+
     def gradients(self, shape: torch.Size) -> tuple[Tensor | None, ...]:
-        """In the order of the function's arguments."""
-        layers = [(None, None, bias, update, None) for bias, update in zip(self.biases, self.updates, strict=True)]
+        """In the order of the function's arguments; what was kept is given back, unless the graph is used again."""
+        if not _keeps_graph():
+            self.pool.give_back(*self.kept)
+        updates = [None if found is None else found.T.contiguous() for found in self.updates]
+        layers = [(None, None, bias, update, None) for bias, update in zip(self.biases, updates, strict=True)]
         return self.grad_x.reshape(shape), self.gamma, self.beta, self.scale, *layers[0], *layers[1], None
 
 
-def _take(name: str, like: Tensor, width: int) -> Tensor:
-    """A buffer with the rows and the type of `like`."""
-    return workspace.take(name, (len(like), width), like)
+def _keeps_graph() -> bool:
+    """Whether this backward pass leaves its graph for another one; yes where torch does not tell."""
+    autograd: Any = getattr(torch._C, "_autograd", None)
+    tells = getattr(autograd, "_get_current_graph_task_keep_graph", None)
+    return True if tells is None else bool(tells())
 
 
 def _expand(layer: ThinWeights, reduced: Tensor) -> Tensor:
-    """Z L.T + b (m, O), valid until the next call."""
-    return torch.addmm(layer.bias, reduced, layer.left.T, out=_take("wide", reduced, layer.left.shape[0]))
+    """Z L.T + b (m, O)."""
+    return linear(reduced, layer.left, layer.bias)
 
 
-def _through(layer: ThinWeights, grad: Tensor, name: str) -> Tensor:
-    """(G L) R (m, I), valid until the next call under that name."""
-    reduced = torch.mm(grad, layer.left, out=_take("reduced", grad, layer.left.shape[1]))
-    return torch.mm(reduced, layer.right, out=_take(name, grad, layer.right.shape[1]))
+def _through(layer: ThinWeights, grad: Tensor) -> Tensor:
+    """(G L) R (m, I)."""
+    return linear(linear(grad, layer.left.T), layer.right.T)
 
 
 class _MlpBranch(torch.autograd.Function):
@@ -224,7 +235,8 @@ class _MlpBranch(torch.autograd.Function):
         kept = _Forward(_Branch(tuple(tensors)), rows, options)
         out = torch.empty_like(rows)
         for chunk in _chunks(len(rows), x.shape[-2]):
-            inner = torch.ops.aten.gelu_(kept.first_layer(rows[chunk], chunk))
+            reduced = kept.first_layer(rows[chunk], chunk)
+            inner = linear_gelu(reduced, kept.branch.first.left, kept.branch.first.bias)
             kept.second_layer(inner, rows[chunk], out[chunk], chunk)
         kept.keep(ctx)
         return out.reshape(x.shape)
@@ -248,9 +260,10 @@ class _AttentionBranch(torch.autograd.Function):
         out = torch.empty_like(rows)
         tokens = x.shape[-2]
         for chunk in _chunks(len(rows), tokens):
-            q, k, v = _heads(kept.first_layer(rows[chunk], chunk), tokens, options.heads)
-            mixed = F.scaled_dot_product_attention(q, k, v, scale=options.scale)
-            kept.second_layer(_tokens(mixed), rows[chunk], out[chunk], chunk)
+            packed = _expand(kept.branch.first, kept.first_layer(rows[chunk], chunk))
+            mixed = workspace.take("mixed", (len(packed), x.shape[-1]), packed)
+            attention_into(mixed, packed, tokens, options.heads, options.scale)
+            kept.second_layer(mixed, rows[chunk], out[chunk], chunk)
         kept.keep(ctx)
         ctx.tokens = tokens
         return out.reshape(x.shape)
@@ -258,31 +271,13 @@ class _AttentionBranch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         work = _Backward(ctx, grads[0])
-        tokens, heads = ctx.tokens, ctx.options.heads
-        for chunk in _chunks(len(work.rows), tokens):
-            grad = work.second_layer(chunk).reshape(-1, tokens, heads, work.rows.shape[1] // heads).transpose(1, 2)
-            projected = work.first_output(chunk)
-            parts = _heads(projected, tokens, heads)
-            with torch.enable_grad():
-                q, k, v = (part.detach().requires_grad_() for part in parts)
-                mixed = F.scaled_dot_product_attention(q, k, v, scale=ctx.options.scale)
-            found = torch.autograd.grad(mixed, (q, k, v), grad)
-            del mixed, q, k, v, grad
-            for part, gradient in zip(parts, found, strict=True):  # q, k, v are done with: their room is taken over
-                part.copy_(gradient)
-            work.first_layer(projected, chunk)
+        heads, scale = ctx.options.heads, ctx.options.scale
+        for chunk in _chunks(len(work.rows), ctx.tokens):
+            grad = work.second_layer(chunk)
+            packed = work.first_output(chunk)
+            attention_gradients_(packed, grad, ctx.tokens, heads, scale)
+            work.first_layer(packed, chunk)
         return work.gradients(grads[0].shape)
-
-
-def _heads(projected: Tensor, tokens: int, heads: int) -> tuple[Tensor, ...]:
-    """(m, 3 D) as views q, k, v (B, heads, N, D / heads)."""
-    return projected.view(-1, tokens, 3, heads, projected.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _tokens(mixed: Tensor) -> Tensor:
-    """(B, heads, N, D / heads) as rows (m, D)."""
-    images, heads, tokens, width = mixed.shape
-    return mixed.transpose(1, 2).reshape(images * tokens, heads * width)
 
 
 def mlp_branch(

@@ -41,9 +41,10 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_rows_into(rows: Tensor, values: Tensor, step: Tensor) -> None:
     """`quantize_rows` to memory that is there: values (M, D) int8 and step (M, 1)."""
-    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True).clamp_min_(1e-30)
+    scratch = workspace.take("narrow", tuple(rows.shape), rows)
+    largest = torch.abs(rows, out=scratch).amax(1, keepdim=True).clamp_min_(1e-30)
     torch.div(largest, LEVELS, out=step)
-    values.copy_(torch.div(rows, step, out=workspace.take("narrow", tuple(rows.shape), rows)).round_())
+    values.copy_(torch.div(rows, step, out=scratch).round_())
 
 
 def dequantize_rows(values: Tensor, step: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thintune.ops.products import linear
+
 
 class _SubspaceLinear(torch.autograd.Function):
     @staticmethod
@@ -14,8 +16,7 @@ class _SubspaceLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, update: Tensor, basis: Tensor
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        reduced, wide = rows @ right.to(x.dtype).T, left.to(x.dtype)
-        output = torch.addmm(bias, reduced, wide.T) if bias is not None else reduced @ wide.T
+        output = linear(linear(rows, right.to(x.dtype)), left.to(x.dtype), bias)
         ctx.save_for_backward(rows @ basis if ctx.needs_input_grad[4] else None, left, right)
         ctx.has_bias = bias is not None
         return output.reshape(*x.shape[:-1], left.shape[0])
@@ -28,8 +29,8 @@ class _SubspaceLinear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = None
         if need_x:
-            reduced = rows @ left.to(grad.dtype)
-            grad_x = (reduced @ right.to(grad.dtype)).reshape(*grad.shape[:-1], right.shape[1])
+            reduced = linear(rows, left.to(grad.dtype).T)
+            grad_x = linear(reduced, right.to(grad.dtype).T).view(*grad.shape[:-1], right.shape[1])
         grad_bias = rows.sum(0) if ctx.has_bias and need_bias else None
         grad_update = rows.T @ kept if need_update else None
         return grad_x, None, None, grad_bias, grad_update, None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thintune.measure import returning_large_blocks
 from thintune.nn import FactorLinear, SubspaceLinear
 from thintune.optim.step import ThinStep
 
@@ -62,6 +63,7 @@ class LayerwiseStep:
         self._optimizer, self._thin_step, self._check = optimizer, thin_step, check
         self._units: dict[int, _Unit] = {}
         self._armed = False
+        self._reached: set[int] = set()
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, module in model.named_modules():
             found = [p for p in module.parameters(recurse=False) if id(p) in owned and id(p) not in self._units]
@@ -75,10 +77,14 @@ class LayerwiseStep:
     @torch.no_grad()
     def begin(self) -> None:
         """Begins an optimizer step, before its first backward pass."""
-        for group, parameter in self._summed():
-            momentum = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if momentum is not None:
-                parameter.grad = momentum.mul_(group["momentum"])
+        self._reached.clear()
+        with returning_large_blocks():  # momentum is made here, not among what a backward pass needs for a moment
+            for group, parameter in self._summed():
+                momentum = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if momentum is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                else:
+                    parameter.grad = momentum.mul_(group["momentum"])
 
     def _summed(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
         """The parameters whose gradients add up in their momentum, and their groups."""
@@ -104,6 +110,7 @@ class LayerwiseStep:
         self._thin_step.finish()
 
     def _arrived(self, parameter: Tensor) -> None:
+        self._reached.add(id(parameter))
         if self._armed:
             unit = self._units[id(parameter)]
             unit.waiting.discard(id(parameter))
@@ -113,6 +120,10 @@ class LayerwiseStep:
     @torch.no_grad()
     def _step(self, unit: _Unit) -> None:
         unit.waiting.clear()
+        for parameter in unit.parameters:
+            started = "momentum_buffer" in self._optimizer.state.get(parameter, {})
+            if id(parameter) not in self._reached and not started:
+                parameter.grad = None  # as SGD leaves a parameter alone that no gradient ever reached
         gradients = [p.grad for p in unit.parameters if p.grad is not None]
         if self._check is not None:
             self._check(unit.name, gradients)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from thintune.config import TrainConfig
 from thintune.data import Split, epoch_batches, micro_batches
 from thintune.errors import DivergenceError
-from thintune.measure import SavedActivations, count_flops
+from thintune.measure import SavedActivations, count_flops, release_free_memory, reuse_freed_blocks
 from thintune.optim import LayerwiseStep, ThinStep, learning_rate_factor
 
 
@@ -63,9 +63,11 @@ class Loop:
         if config.max_steps is not None:
             self.steps = min(self.steps, config.max_steps)
         self.progress = Progress()
-        self._layerwise = (
-            LayerwiseStep(model, optimizer, thin_step, self._check_gradients) if config.layerwise_update else None
-        )
+        self._layerwise: LayerwiseStep | None = None
+        if config.layerwise_update:
+            self._layerwise = LayerwiseStep(model, optimizer, thin_step, self._check_gradients)
+            release_free_memory()
+            reuse_freed_blocks()  # what stays has been made
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._measured = False
 
