@@ -15,7 +15,7 @@ from thintune.peer_config import GaloreConfig, LoraConfig
 from thintune.peer_config import require as _require
 
 Precision = Literal["lean", "exact"]
-Method = Literal["thin", "wasi", "wsi", "asi", "amc", "lora", "lora_fa", "galore", "head", "dense"]
+Method = Literal["thin", "wasi", "wsi", "asi", "amc", "lora", "lora_fa", "svd_lora", "galore", "head", "dense"]
 METHODS: tuple[Method, ...] = get_args(Method)
 SOURCES = (
     "digits",
@@ -39,7 +39,7 @@ class ThinConfig:
     """How linear layers become thin."""
 
     kept: float | None = None
-    """Share of the converted layers' weights to keep, in (0, 1]; default for `thin`: 0.6."""
+    """Share of the converted layers' weights to keep, in (0, 1]; default for `thin` and `svd_lora`: 0.6."""
     explained_variance: float | None = None
     """Share of the variance each layer's rank must explain, in (0, 1]. Default for `wasi` and `wsi`: 0.9."""
     rank: int | None = None
@@ -231,7 +231,7 @@ class RunConfig:
     """One training run."""
 
     method: Method = "thin"
-    """thin, wasi, wsi, asi, amc, lora, lora_fa, galore, head or dense."""
+    """thin, wasi, wsi, asi, amc, lora, lora_fa, svd_lora, galore, head or dense."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Which model is trained."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -241,7 +241,7 @@ class RunConfig:
     thin: ThinConfig = field(default_factory=ThinConfig)
     """How linear layers become thin."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """The adapters of `lora` and `lora_fa` (`peft`)."""
+    """The adapters of `lora`, `lora_fa` (`peft`) and `svd_lora`."""
     galore: GaloreConfig = field(default_factory=GaloreConfig)
     """The subspaces of `galore` (`pytorch-optimizer`)."""
     device: str = "cpu"

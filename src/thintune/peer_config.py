@@ -15,7 +15,7 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The adapters of `lora` and `lora_fa` (`peft`)."""
+    """The adapters of `lora`, `lora_fa` (`peft`) and `svd_lora`."""
 
     rank: int = 16
     """Rank of each adapter."""

@@ -58,6 +58,7 @@ def refused(thintune, tmp_path):
         (["--thin.calibration_images", "1", "--thin.rank", "40"], "calibration"),
         (["--method", "galore", "--galore.rank", "64"], "galore.rank: expected less than the smaller side"),
         (["--method", "galore", "--galore.scale", "0"], "galore.scale: expected more than 0, got 0"),
+        (["--method", "svd_lora", "--thin.rank", "900"], "rank 900 exceeds min(in_features=48, out_features=144)"),
         (["--galore.rang", "3"], "Did you mean '--galore.rank'"),
         (["--method", "lora_fa", "--lora.rank", "0"], "lora.rank: expected at least 1, got 0"),
         (["--method", "amc", "--thin.activation_explained_variance", "0"], "expected a number in (0, 1], got 0"),

@@ -54,7 +54,9 @@ def interrupt(monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("method", ["thin", "wasi", "asi", "amc", "lora", "lora_fa", "galore", "head", "dense"])
+@pytest.mark.parametrize(
+    "method", ["thin", "wasi", "asi", "amc", "lora", "lora_fa", "svd_lora", "galore", "head", "dense"]
+)
 def test_ctrl_c_saves_and_resume_ends_with_the_same_bits(
     method, optimizer, tiny, thintune, record, interrupt, tmp_path
 ):

@@ -9,7 +9,7 @@ import torch
 from thintune.io import read_checkpoint
 from thintune.records import RunRecord
 
-METHODS = ["thin", "wasi", "wsi", "asi", "amc", "lora", "lora_fa", "galore", "head", "dense"]
+METHODS = ["thin", "wasi", "wsi", "asi", "amc", "lora", "lora_fa", "svd_lora", "galore", "head", "dense"]
 MAY_BE_NULL = {"error", "explained_variance", "model_checkpoint", "git_commit"}
 
 
@@ -36,7 +36,7 @@ def test_a_run_leaves_a_full_record_and_eval_reproduces_its_accuracy(
     assert [k for k, v in found.items() if v is None and k not in MAY_BE_NULL] == []
     assert found["peak_rss_bytes"] >= found["baseline_rss_bytes"] > 0
     assert found["test_accuracy"] > 0.75  # a fitted head and ten steps; chance is 0.1
-    assert (0 < found["kept_weight_fraction"] < 1) == (method in ("thin", "wasi", "wsi"))
+    assert (0 < found["kept_weight_fraction"] < 1) == (method in ("thin", "wasi", "wsi", "svd_lora"))
     code, output, err = thintune("eval", out, "--json")
     assert code == 0, err
     assert json.loads(output)["accuracy"] == found["test_accuracy"]

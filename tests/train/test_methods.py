@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from thintune.config import LoraConfig, RunConfig
+from thintune.config import LoraConfig, RunConfig, ThinConfig
+from thintune.convert import convert_
 from thintune.measure import SavedActivations
+from thintune.nn import ThinLinear
+from thintune.train.adapters import count_adapters
 from thintune.train.methods import finish_, prepare_
 
 B, N, D, C, R = 3, 5, 14, 4, 2
@@ -91,3 +94,34 @@ def test_merged_adapters_give_the_trained_map_in_plain_layers(method):
 def test_a_dense_model_stays_as_it_is():
     model = network("dense")
     assert trained(model) == {n for n, _ in Net().named_parameters()}
+
+
+def thin_network():
+    torch.manual_seed(0)
+    model = Net()
+    config = ThinConfig(rank=4, exclude_modules=["head"])
+    report = convert_(model, config, method="svd_lora", calibration=[inputs()])
+    return model, report
+
+
+def test_thin_layers_stay_frozen_beside_adapters_that_train_and_merge():
+    model, report = thin_network()
+    config = RunConfig(method="svd_lora", lora=LoraConfig(rank=R, alpha=3.0))
+    with torch.no_grad():
+        start = model(inputs())
+    prepare_(model, config, "head")
+    prepare_(model, config, "head")  # as a resumed run does, whose layers are adapted already
+    adapters = {f"{layer}.{part}" for layer in ("first", "second") for part in ("down", "up")}
+    assert trained(model) == adapters | {"head.weight", "head.bias"}
+    assert (model(inputs()) - start).abs().max() < 1e-6
+    counted = count_adapters(report, model)
+    # 4 + 2 directions: 6 (14 + 20) of 280 elements, 6 (20 + 16) of 320
+    assert [layer.bytes_after for layer in counted.converted] == [4 * 204, 4 * 216]
+    assert [layer.rank for layer in counted.converted] == [4, 4]
+    for name, parameter in model.named_parameters():
+        if name.endswith(".up"):
+            nn.init.normal_(parameter)
+    expected = model(inputs())
+    finish_(model, config)
+    assert type(model.first) is ThinLinear and model.first.rank == 4 + R
+    assert (model(inputs()) - expected).abs().max() < 1e-4 and (expected - start).abs().max() > 1e-2

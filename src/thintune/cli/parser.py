@@ -22,6 +22,7 @@ methods:
   amc      dense weights, inputs kept as their exact HOSVD of every step (arXiv 2411.06346)
   lora     adapters on every linear layer (peft)
   lora_fa  the same with the first half of each adapter frozen (arXiv 2308.03303)
+  svd_lora frozen low-rank weights by SVD in the norm of their inputs, adapters beside them (arXiv 2403.07378)
   galore   every weight, the optimizer in a subspace of each gradient (arXiv 2403.03507; pytorch-optimizer)
   head     the classifier head alone
   dense    every weight"""

@@ -19,12 +19,13 @@ from thintune.convert.ranks import choose_ranks
 from thintune.convert.report import ConversionReport, LayerReport
 from thintune.convert.selection import put_, select
 from thintune.convert.weights import DenseLayers, WeightSource
+from thintune.convert.whitened import convert_whitened
 from thintune.errors import ConfigError, ConversionError, nearest
 from thintune.linalg import truncated_svd
 from thintune.measure import returning_large_blocks
 from thintune.nn import CompressedLinear, FactorLinear, HosvdCompressor, ThinLinear, TuckerCompressor
 
-CONVERTIBLE: tuple[Method, ...] = ("thin", "wasi", "wsi", "asi", "amc")
+CONVERTIBLE: tuple[Method, ...] = ("thin", "wasi", "wsi", "asi", "amc", "svd_lora")
 """Methods that replace layers."""
 
 
@@ -43,6 +44,7 @@ def convert_(
     - `thin`: data-aware factors, found block by block on the already converted path; gradients in a subspace of each
       layer's input.
     - `wsi`, `wasi`: truncated SVD of each weight (arXiv 2510.09160), the input kept whole or as a Tucker form.
+    - `svd_lora`: truncated SVD of each weight in the norm of its inputs (SVD-LLM, arXiv 2403.07378), frozen.
     - `asi`: the weight stays dense, the input is kept as a Tucker form (arXiv 2505.05086).
     - `amc`: the same with the exact HOSVD of every input, its ranks chosen anew each time (arXiv 2411.06346).
 
@@ -51,7 +53,7 @@ def convert_(
     Args:
         model: any module whose linear layers are called (not read) in its forward pass.
         config: ranks and patterns; `ThinConfig()` by default.
-        method: `thin`, `wasi`, `wsi`, `asi` or `amc`.
+        method: `thin`, `wasi`, `wsi`, `asi`, `amc` or `svd_lora`.
         calibration: batches of inputs, unlabelled: a tensor each, or a tuple or dict of arguments. Not needed by
             `wsi` and `amc`.
         activation_ranks: `asi` and `wasi`: Tucker ranks by layer, as a plan gives them, instead of those of
@@ -88,6 +90,8 @@ def convert_(
     if method == "thin":
         batches = checked_batches(calibration)
         convert = convert_data_aware(model, DenseLayers(model, layers, source), config, batches)
+    elif method == "svd_lora":
+        convert = convert_whitened(model, layers, config, checked_batches(calibration))
     else:
         compressors: Mapping[str, TuckerCompressor | HosvdCompressor] | None = None
         if method == "amc":
@@ -135,7 +139,7 @@ def with_defaults(config: ThinConfig, method: Method) -> ThinConfig:
             f"method: expected one of {', '.join(CONVERTIBLE)}, got {method!r}.{nearest(method, METHODS)}"
         )
     if config.rank is None and config.kept is None and config.explained_variance is None:
-        if method == "thin":
+        if method in ("thin", "svd_lora"):
             return dataclasses.replace(config, kept=0.6)
         return dataclasses.replace(config, explained_variance=0.9)
     return config

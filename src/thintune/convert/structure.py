@@ -13,21 +13,27 @@ from thintune.nn import (
     FactorLinear,
     HosvdCompressor,
     LeanBlock,
+    PatchConv2d,
     SubspaceLinear,
+    ThinLinear,
     TuckerCompressor,
     make_lean_,
+    make_patches_product_,
 )
+from thintune.nn.adapter import AdaptedLinear
 
 _LEAN = ("attention", "activation", "norm")
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Kind and sizes of every layer that trains in a thin way, and of every lean block, by name."""
+    """Kind and sizes of every layer that trains in a thin way, and of every lean block or embedding, by name."""
     layers: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LeanBlock):
             layers[name] = {"kind": LeanBlock.__name__, **{n: getattr(module, f"lean_{n}") for n in _LEAN}}
-        if isinstance(module, SubspaceLinear | FactorLinear | CompressedLinear):
+        if isinstance(module, PatchConv2d):
+            layers[name] = {"kind": PatchConv2d.__name__}
+        if isinstance(module, SubspaceLinear | FactorLinear | CompressedLinear | AdaptedLinear):
             layers[name] = {
                 "kind": type(module).__name__,
                 "in_features": module.in_features,
@@ -42,6 +48,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             layers[name] |= {"rank": module.rank, "compressor": _describe(module.compressor)}
         elif isinstance(module, CompressedLinear):
             layers[name] |= {"compressor": _describe(module.compressor)}
+        elif isinstance(module, AdaptedLinear):
+            layers[name] |= {"rank": module.base.rank, "adapter_rank": module.rank, "alpha": module.alpha}
     return layers
 
 
@@ -61,7 +69,15 @@ def rebuild_(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
         if arguments["kind"] == LeanBlock.__name__:
             make_lean_(model.get_submodule(name), **{n: bool(arguments[n]) for n in _LEAN})
             continue
-        kind = kinds[arguments.pop("kind")]
+        if arguments["kind"] == PatchConv2d.__name__:
+            make_patches_product_(model.get_submodule(name))
+            continue
+        if arguments.pop("kind") == AdaptedLinear.__name__:
+            adapter = {"rank": arguments.pop("adapter_rank"), "alpha": arguments.pop("alpha")}
+            base = ThinLinear(**arguments, device="meta")
+            replace_(model, model.get_submodule(name), AdaptedLinear(base, **adapter))
+            continue
+        kind = kinds[spec["kind"]]
         described = arguments.pop("compressor", None)
         if described is not None:
             exact = "explained_variance" in described

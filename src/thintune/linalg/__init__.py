@@ -20,6 +20,7 @@ from thintune.linalg.tucker import (
     st_hosvd,
     unfold,
 )
+from thintune.linalg.whitened import whitened_factors
 
 __all__ = [
     "compress_warm",
@@ -42,4 +43,5 @@ __all__ = [
     "unfold",
     "warm_subspace_step",
     "warm_subspace_step_reference",
+    "whitened_factors",
 ]

@@ -38,6 +38,11 @@ class AdaptedLinear(nn.Module):
         return self.base(input) + F.linear(F.linear(input, self.down) * (self.alpha / self.rank), self.up)
 
     @property
+    def bias(self) -> nn.Parameter | None:
+        """(O,) of the base, frozen with it."""
+        return self.base.bias
+
+    @property
     def kept_elements(self) -> int:
         """Elements of the merged layer's weight, dense or thin."""
         thin = (self.base.rank + self.rank) * (self.in_features + self.out_features)
@@ -46,10 +51,10 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> ThinLinear | nn.Linear:
         """The layer that is shipped: thin, of rank K + r, or dense where that is no larger."""
-        left, right, bias = self.base.left.detach(), self.base.right.detach(), self.base.bias
-        sizes, has_bias = (self.in_features, self.out_features), bias is not None
+        left, right = self.base.left.detach(), self.base.right.detach()
+        sizes, has_bias = (self.in_features, self.out_features), self.bias is not None
         up, kind = self.up * (self.alpha / self.rank), {"device": "meta", "dtype": left.dtype}
-        value = None if bias is None else bias.detach()
+        value = None if self.bias is None else self.bias.detach()
         rank = self.base.rank + self.rank
         if rank * sum(sizes) < sizes[0] * sizes[1]:
             thin = ThinLinear(*sizes, rank, has_bias, **kind)
@@ -57,7 +62,8 @@ class AdaptedLinear(nn.Module):
             return thin.train(self.training)
         dense = nn.Linear(*sizes, has_bias, **kind)
         dense.weight = nn.Parameter(torch.addmm(up @ self.down, left, right))
-        dense.bias = None if value is None else nn.Parameter(value)
+        if value is not None:
+            dense.bias = nn.Parameter(value)
         return dense.train(self.training)
 
     def extra_repr(self) -> str:

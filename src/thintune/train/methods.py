@@ -8,6 +8,7 @@ from torch import nn
 from thintune.config import RunConfig
 from thintune.optim import build_optimizer
 from thintune.optim.galore import build_galore, check_galore, import_galore
+from thintune.train.adapters import add_adapters_, merge_adapters_
 from thintune.train.lora import import_peft, inject_lora_, merge_lora_
 from thintune.train.models import classifier_name
 
@@ -30,9 +31,10 @@ def prepare_(model: nn.Module, config: RunConfig, head: str) -> None:
     """Adds adapters and freezes what does not train; a converted or dense model stays as it is.
 
     Args:
-        model: with values, or on the meta device to be filled from a saved state.
+        model: converted, with values or on the meta device, to be filled from a saved state.
         config: `head` trains the head alone: nothing before it needs a gradient, so autograd keeps none of it, and a
-            step is a forward pass and one small product. `lora` and `lora_fa` train adapters and the head.
+            step is a forward pass and one small product. `lora` and `lora_fa` train adapters and the head, as does
+            `svd_lora` beside its frozen thin layers.
         head: name of the head.
 
     Raises:
@@ -43,6 +45,8 @@ def prepare_(model: nn.Module, config: RunConfig, head: str) -> None:
         model.get_submodule(head).requires_grad_(True)
     elif config.method in _LORA:
         inject_lora_(model, config.lora, head, frozen_down=config.method == "lora_fa")
+    elif config.method == "svd_lora":
+        add_adapters_(model, config.lora, head)
     elif config.method == "galore":
         check_galore(model, head, config.galore.rank)
 
@@ -58,3 +62,5 @@ def finish_(model: nn.Module, config: RunConfig) -> None:
     """Merges the adapters of a trained model, which is then as it is shipped."""
     if config.method in _LORA:
         merge_lora_(model)
+    elif config.method == "svd_lora":
+        merge_adapters_(model)

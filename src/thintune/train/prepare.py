@@ -20,6 +20,7 @@ from thintune.data import Normalization, Split, Splits, load_splits
 from thintune.errors import ConfigError
 from thintune.measure import return_freed_blocks
 from thintune.planning.perplexity import perplexity_table, plan_activations
+from thintune.train.adapters import count_adapters
 from thintune.train.methods import import_for, prepare_
 from thintune.train.models import build_model, classifier_name, import_timm, open_model
 from thintune.train.thin_start import load_thin, thin_folder
@@ -87,7 +88,8 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
         layers, _ = select(model, thin)
         ranks = plan_activations(perplexity_table(model, layers, batches[0]), thin.activation_budget_bytes)
     report = convert_(model, thin, method=config.method, calibration=batches, activation_ranks=ranks, source=source)
-    return model, report
+    prepare_(model, config, head)
+    return model, count_adapters(report, model)
 
 
 def without_head(thin: ThinConfig, head: str) -> ThinConfig:
@@ -119,12 +121,12 @@ class CalibrationImages(Sequence[Tensor]):
 
 
 def calibration_batches(config: RunConfig, split: Split) -> CalibrationImages:
-    """Unlabelled training images: one micro-batch for Tucker ranks, `calibration_images` for `thin`."""
+    """Unlabelled training images: one micro-batch for Tucker ranks, `calibration_images` for `thin` and `svd_lora`."""
     size = config.train.micro_batch or config.train.batch_size
     count = min(config.thin.calibration_images, len(split))
     if config.method in ("asi", "wasi"):
         count = size = min(size, len(split))
-    size = min(size, 32) if config.method == "thin" else size
+    size = min(size, 32) if config.method in ("thin", "svd_lora") else size
     return CalibrationImages(split, count, size, config.device)
 
 
@@ -132,6 +134,6 @@ def rebuild(config: RunConfig, classes: int, layers: dict[str, dict[str, Any]]) 
     """The model of an interrupted run, its parameters without values (on the meta device): the saved state has them."""
     source = dataclasses.replace(config.model, checkpoint=None, pretrained=False)
     model = build_model(source, classes, config.data.image_size, empty=True)
-    prepare_(model, config, classifier_name(model))
     rebuild_(model, layers)
+    prepare_(model, config, classifier_name(model))
     return model
