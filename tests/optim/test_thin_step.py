@@ -286,3 +286,17 @@ def test_removed_hooks_leave_the_optimizer_plain():
     layer(torch.randn(4, I).double()).square().sum().backward()
     optimizer.step()
     assert layer.update.any()
+
+
+def test_layers_take_turns_with_their_basis():
+    layers = nn.Sequential(*(SubspaceLinear(6, 6, 3, activation_rank=2) for _ in range(5)))
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    ThinStep(layers, optimizer, refresh_every=5)
+    seen = []
+    for _ in range(10):
+        seen.append([place for place, layer in enumerate(layers) if layer.capturing])
+        layers(torch.randn(8, 6)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(len(turn) == 1 for turn in seen)
+    assert sorted(turn[0] for turn in seen[:5]) == sorted(turn[0] for turn in seen[5:]) == list(range(5))

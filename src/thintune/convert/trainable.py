@@ -54,14 +54,17 @@ def make_trainable_(
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, SubspaceLinear] = {}
     starts: dict[str, Tensor] = {}
-    for name, layer in shipped.items():
+    training = {name: trains(layer) for name, layer in shipped.items()}
+    for name in training:
+        layer = shipped.pop(name)
         layers[name] = _trainable(layer, config.activation_rank)
+        if config.factor_dtype == "bfloat16":
+            layers[name].store_(torch.bfloat16)
         width = min(layer.in_features, round(_OVERSAMPLING * layers[name].basis.shape[1]) + 2)
         random = torch.randn(layer.in_features, width, generator=generator)
-        starts[name] = orthonormalize(random).to(layer.left.device, _computing_type(layer))
+        starts[name] = orthonormalize(random).to(layer.left.device, layers[name].update.dtype)
         replace_(model, layer, layers[name])
-    training = {name: trains(layer) for name, layer in shipped.items()}
-    del shipped
+        del layer
     for last in (False,) * (PASSES - 1) + (True,):
         for name, image in _images(model, layers, starts, batches).items():
             if last:
@@ -72,8 +75,6 @@ def make_trainable_(
     for name, start in starts.items():  # of layers that were never called
         layers[name].start_(start[:, : layers[name].basis.shape[1]].contiguous())
     for name, layer in layers.items():
-        if config.factor_dtype == "bfloat16":
-            layer.store_(torch.bfloat16)
         freeze_as_(layer, *training[name])
     return ConversionReport("thin", _describe(model), make_blocks_lean_(model, config))
 

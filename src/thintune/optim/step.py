@@ -31,8 +31,9 @@ class ThinStep:
 
     - `SubspaceLinear`: the optimizer stepped `update`, the weight's own step in the coordinates of `basis`. It is
       folded into the factors by one exact subspace iteration, then set back to zero. Weight decay is decoupled for
-      every optimizer: right is scaled by 1 - lr * weight_decay. Every `refresh_every` steps the basis moves and the
-      optimizer's moments are turned into the new one (the second moments by the squared turn).
+      every optimizer: right is scaled by 1 - lr * weight_decay. Every `refresh_every` steps its basis moves and the
+      optimizer's moments are turned into the new one (the second moments by the squared turn); layers take turns, so
+      that no step has to gather what all of them need.
     - `FactorLinear`: before the step the gradient of left is brought to its tangent-space form
       (I - L L.T) dL (R R.T)^-1; after it left is orthonormalised and right re-expressed, which leaves their product
       as it is. This is one subspace iteration on the stepped weight (WSI, arXiv 2510.09160).
@@ -41,7 +42,7 @@ class ThinStep:
     Args:
         model: holds the thin layers; all their parameters must belong to `optimizer`.
         optimizer: any torch optimizer.
-        refresh_every: steps between two moves of the activation bases.
+        refresh_every: steps between two moves of an activation basis.
         update_scale: factor on every update of a `SubspaceLinear`, beside the one that makes a learning rate mean the
             same as for the dense weight: an adaptive optimizer moves every coordinate by about the rate, so a step
             in r coordinates instead of I is shorter by sqrt(r / I) and is lengthened by its inverse. A step of plain
@@ -80,9 +81,8 @@ class ThinStep:
 
     def _announce(self) -> None:
         """Tells layers whether the coming step's inputs are needed for a new basis."""
-        due = (self.steps + 1) % self.refresh_every == 0
-        for layer in self._subspace:
-            layer.capturing = due
+        for place, layer in enumerate(self._subspace):
+            layer.capturing = (self.steps + 1 + place) % self.refresh_every == 0
 
     def finish(self) -> None:
         """Ends an optimizer step: warm starts advance, and the next step's needs are announced."""
