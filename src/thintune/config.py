@@ -189,6 +189,8 @@ class TrainConfig:
     """Largest gradient norm; null for none."""
     layerwise_update: bool = False
     """Least memory: update each layer as soon as its gradient is complete, free it at once; needs clip_norm null."""
+    reuse_memory: bool = True
+    """With layerwise_update: false hands freed memory back at once and generates no kernels: less memory, slower."""
     fit_head: bool = True
     """Fit a new head on the converted model's features before training."""
     checkpoint_every: int = 50

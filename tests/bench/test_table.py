@@ -47,9 +47,9 @@ def test_killed_rows_count_as_such_and_give_no_numbers():
     (row,) = table(cells)["rows"]
     assert row["endings"] == {"killed": 1, "finished": 1} and row["peak_above_baseline_bytes"] == 10
     (texts,) = table_cells(table([cells[0]]))
-    assert texts[1] == "killed" and texts[2:6] == ["-"] * 4
+    assert texts[1] == "killed" and texts[2:7] == ["-"] * 5
     (texts,) = table_cells(table([cell("lora-mb4", 10, [1.0], limit={"limited": False})]), reasons=False)
-    assert texts[1] == "finished (not limited)" and texts[6] == "yes"
+    assert texts[1] == "finished (not limited)" and texts[7] == "yes"
 
 
 def test_the_page_names_what_failed():

@@ -80,5 +80,5 @@ def test_a_thin_model_with_lean_blocks_peaks_far_below_a_dense_one():
 def test_checkpointing_and_stepping_in_the_backward_pass_lower_the_dense_peak():
     plain = vit.dense_peak_bytes(SHAPE, 2, 4)
     assert vit.dense_peak_bytes(SHAPE, 2, 4, checkpointing=True) < plain
-    assert vit.dense_peak_bytes(SHAPE, 2, 4, optimizer_in_backward=True) < plain
+    assert vit.dense_peak_bytes(SHAPE, 2, 4, one_gradient_at_a_time=True) < plain
     assert vit.lora_peak_bytes(SHAPE, 2, 4, checkpointing=True) < vit.lora_peak_bytes(SHAPE, 2, 4)

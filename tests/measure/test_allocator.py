@@ -20,7 +20,7 @@ class Library:
 def library(monkeypatch):
     found = Library()
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: found)
-    monkeypatch.setattr(allocator, "_fixed_bytes", None)
+    monkeypatch.setattr(allocator, "_fixed", None)
     monkeypatch.setattr(allocator.sys, "platform", "linux")
     return found
 

@@ -78,7 +78,11 @@ def test_the_watch_sees_a_dense_gradient(kind):
 
 
 def test_the_watch_sees_a_fold_that_forms_the_weight(monkeypatch):
-    monkeypatch.setattr(step, "warm_subspace_step", warm_subspace_step_reference)
+    def dense(left, right, *of_step):
+        new_left, new_right = warm_subspace_step_reference(left, right, *of_step)
+        left.copy_(new_left), right.copy_(new_right)
+
+    monkeypatch.setattr(step, "warm_subspace_step_", dense)
     layer = make("subspace")
     optimizer = torch.optim.SGD([layer.update, layer.bias], lr=1e-3)
     ThinStep(layer, optimizer)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from thintune.measure import count_flops
-from thintune.ops.products import linear, linear_gelu
+from thintune.ops.products import linear, linear_into
 
 SHAPES = [(1, 3, 2), (17, 31, 5), (197, 64, 48), (64, 7, 130)]
 
@@ -20,7 +20,9 @@ def test_equal_torchs_own_to_rounding(m, i, o, turned, biased):
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     with torch.no_grad():
         torch.testing.assert_close(linear(x, weight, bias).double(), exact, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(linear_gelu(x, weight, bias).double(), F.gelu(exact), rtol=1e-5, atol=1e-5)
+        if bias is not None:
+            into = linear_into(torch.empty(m, o), x, weight, bias)
+            torch.testing.assert_close(into.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_turned_rows_serve_as_both_sides():
@@ -47,4 +49,15 @@ def test_flops_are_those_of_the_product():
     x, weight = torch.randn(10, 6), torch.randn(3, 6)
     with torch.no_grad():
         assert count_flops(lambda: linear(x, weight)) == 2 * 10 * 6 * 3
-        assert count_flops(lambda: linear_gelu(x, weight, torch.zeros(3))) == 2 * 10 * 6 * 3
+
+
+def test_shapes_beyond_the_limit_take_torchs_own_path(monkeypatch):
+    from thintune.ops import products
+
+    monkeypatch.setattr(products, "_kernels", products._Kernels())
+    products.limit_kernels(1)
+    x, small, large = torch.randn(10, 6), torch.randn(3, 6), torch.randn(5, 6)
+    with torch.no_grad():
+        linear(x, small), linear(x, small)
+        assert torch.equal(linear(x, large), F.linear(x, large))
+    assert len(products._kernels.met) == (1 if products._BUILT_IN else 0)

@@ -17,6 +17,8 @@ from thintune.train.prepare import build
 
 CALIBRATION_IMAGES = 32
 """Enough for a conversion of random weights: what a row takes does not depend on their values."""
+LEAST_MEMORY = 2
+"""Micro-batches up to this one ask for the least memory, larger ones for speed."""
 
 
 class Ours:
@@ -85,6 +87,7 @@ def _train_config(settings: CostSettings, micro_batch: int | None) -> TrainConfi
         warmup_fraction=0.0,
         clip_norm=None,
         layerwise_update=True,
+        reuse_memory=micro_batch is None or micro_batch > LEAST_MEMORY,
         seed=settings.seed,
     )
 

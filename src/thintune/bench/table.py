@@ -11,6 +11,7 @@ HEADINGS = (
     "row",
     "ended",
     "peak, MB",
+    "predicted",
     "s/image",
     "inference at 1 / 16",
     "checkpoint, MB",
@@ -22,7 +23,8 @@ HEADINGS = (
     "paper FLOPs",
 )
 NOTES = """\
-Peak of resident memory above that of the imported libraries, loading included; inference in images/s at batch 1 and 16;
+Peak of resident memory above that of the imported libraries, loading included, and what the closed formulas of
+thintune.costs predict; inference in images/s at batch 1 and 16;
 exact: whether gradients are those of the batch; memory and speed: times less and times faster than the plain dense row
 of the same micro-batch. Medians over processes, lowest to highest in brackets; * least memory, + fastest of its method.
 Paper: weights and kept inputs of the converted linear layers alone (arXiv 2510.09160), for one micro-batch; times less
@@ -114,6 +116,7 @@ def _texts(row: dict[str, Any], reasons: bool) -> list[str]:
         row["row"]["name"],
         _endings(row),
         _with_range(row, "peak_above_baseline_bytes", "{:.0f}", 1e6) + (" *" if "memory" in best else ""),
+        _predicted(row),
         _with_range(row, "s_per_image", "{:.3f}") + (" +" if "time" in best else ""),
         "-" if speeds == ["-", "-"] else " / ".join(speeds),
         _checkpoint(row),
@@ -124,6 +127,14 @@ def _texts(row: dict[str, Any], reasons: bool) -> list[str]:
         _number(paper.get("memory_ratio_to_dense"), "{:.2f}x"),
         _number(paper.get("flops_ratio_to_dense"), "{:.2f}x"),
     ]
+
+
+def _predicted(row: dict[str, Any]) -> str:
+    """The formula's peak and how far it is off."""
+    predicted, measured = row["predicted_peak_bytes"], row["peak_above_baseline_bytes"]
+    if predicted is None:
+        return "-"
+    return f"{predicted / 1e6:.0f}" + (f" ({predicted / measured - 1:+.0%})" if measured else "")
 
 
 def _endings(row: dict[str, Any]) -> str:

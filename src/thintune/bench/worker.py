@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from thintune.bench.accounting import paper_columns
 from thintune.bench.ours import Ours, conversion_config, data_config, run_config, thin_folder
 from thintune.bench.peers import Peer, import_galore
+from thintune.bench.prediction import predicted_peak_bytes
 from thintune.bench.rows import PEERS, Row, all_rows
 from thintune.bench.settings import CostSettings, settings_from_dict
 from thintune.config import DataConfig, ModelConfig, RunConfig
@@ -136,10 +137,12 @@ class _Order:
         loaded = found["load_peak_above_baseline_bytes"]
         found["train_peak_above_baseline_bytes"] = trained if peak_is_reset else None
         found["peak_above_baseline_bytes"] = None if trained is None or loaded is None else max(loaded, trained)
+        model = trainable.model
+        if row.method not in ("asi", "wasi"):
+            found["predicted_peak_bytes"] = self._predict(row, model, None)
         self._write()  # whatever happens from here on, the training is done
         if not self.asked["inference"]:
             return
-        model = trainable.model
         found.update(self._checkpoint(row, model))
         del trainable
         for parameter in model.parameters():
@@ -152,6 +155,12 @@ class _Order:
             str(size): _inference_speed(model, split.images(torch.arange(size))) for size in INFERENCE_BATCHES
         }
         found["paper"] = paper_columns(model, row, split.images(torch.arange(1)), settings.batch_size)
+        if row.method in ("asi", "wasi"):
+            found["predicted_peak_bytes"] = self._predict(row, model, found["paper"]["activation_bytes"])
+
+    def _predict(self, row: Row, model: nn.Module, kept_inputs_bytes: int | None) -> int | None:
+        settings = self.settings
+        return predicted_peak_bytes(model, row, settings.image_size, settings.batch_size, kept_inputs_bytes)
 
     def _load(self, row: Row) -> Trainable:
         settings, splits = self.settings, self._splits()

@@ -109,23 +109,90 @@ def dense_peak_bytes(
     micro_batch: int,
     batch_size: int,
     *,
-    optimizer_in_backward: bool = False,
+    one_gradient_at_a_time: bool = False,
     checkpointing: bool = False,
+    kept_inputs_bytes: int | None = None,
 ) -> int:
     """Peak above the imported libraries of dense training.
 
     Weights and momentum live throughout. Gradients do where micro-batches add up; in one piece they grow only as
-    activations go, and with the optimizer in the backward pass there is one at a time.
+    activations go, and with the optimizer in the backward pass, or where they add up in the momentum, there is one at
+    a time.
+
+    Args:
+        shape: of the model.
+        micro_batch: images of one forward and backward pass.
+        batch_size: images of a step.
+        one_gradient_at_a_time: see above.
+        checkpointing: of whole blocks.
+        kept_inputs_bytes: of the Tucker forms that the linear layers keep instead of their inputs (`asi`).
     """
     weights = FLOAT_BYTES * shape.parameters
     saved = saved_bytes(shape, micro_batch, checkpointing=checkpointing)
+    if kept_inputs_bytes is not None:
+        saved += kept_inputs_bytes - linear_input_bytes(shape, micro_batch)
     working = saved + _gradient_scratch_bytes(shape, micro_batch)
-    if optimizer_in_backward:
-        largest = FLOAT_BYTES * max(layer.in_features * layer.out_features for layer in shape.layers)
-        return RUNTIME_BYTES + 2 * weights + working + largest
+    if one_gradient_at_a_time:
+        return RUNTIME_BYTES + 2 * weights + working + _largest_weight_bytes(shape)
     if micro_batch < batch_size:
         return RUNTIME_BYTES + 3 * weights + working
     return RUNTIME_BYTES + 2 * weights + max(working, weights)
+
+
+def linear_input_bytes(shape: VitShape, images: int) -> int:
+    """Bytes that a dense model keeps for its linear layers alone: inputs of qkv, fc1, fc2 (attention keeps proj's)."""
+    return FLOAT_BYTES * images * shape.depth * shape.tokens * (2 * shape.width + shape.hidden)
+
+
+def _largest_weight_bytes(shape: VitShape) -> int:
+    return FLOAT_BYTES * max(layer.in_features * layer.out_features for layer in shape.layers)
+
+
+def factor_peak_bytes(
+    shape: VitShape, micro_batch: int, ranks: Sequence[int], kept_inputs_bytes: int | None = None
+) -> int:
+    """Peak above the imported libraries of `wsi` and `wasi`, which train both factors, converted in the same process.
+
+    Factors, their gradients and their momentum, the rest three times over too; while they are converted it is the
+    dense model, the factors so far and the decomposition of one weight.
+
+    Args:
+        shape: of the model.
+        micro_batch: images of one forward and backward pass, smaller than the batch.
+        ranks: of qkv, proj, fc1 and fc2 of every block.
+        kept_inputs_bytes: of the Tucker forms that the layers keep instead of their inputs (`wasi`).
+    """
+    factors = shape.depth * sum(k * (a.in_features + a.out_features) for a, k in zip(shape.layers, ranks, strict=True))
+    saved = saved_bytes(shape, micro_batch)
+    if kept_inputs_bytes is not None:
+        saved += kept_inputs_bytes - linear_input_bytes(shape, micro_batch)
+    training = (
+        3 * FLOAT_BYTES * (factors + shape.other_parameters) + saved + _gradient_scratch_bytes(shape, micro_batch)
+    )
+    converting = FLOAT_BYTES * shape.parameters + 4 * _largest_weight_bytes(shape)
+    return RUNTIME_BYTES + max(training, converting)
+
+
+def galore_peak_bytes(
+    shape: VitShape, micro_batch: int, rank: int, *, project_in_backward: bool = False, checkpointing: bool = False
+) -> int:
+    """Peak above the imported libraries of GaLore on every linear layer of the blocks, SGD with momentum.
+
+    Weights, and of every matrix its projection, its projected gradient and its momentum; dense gradients of all of
+    them or of one at a time; the rest three times over. The singular value decomposition of the largest gradient takes
+    about five times its size, after the backward pass or in it.
+    """
+    low = (
+        shape.depth
+        * rank
+        * sum(2 * max(a.in_features, a.out_features) + min(a.in_features, a.out_features) for a in shape.layers)
+    )
+    state = FLOAT_BYTES * (shape.linear_parameters + low + 3 * shape.other_parameters)
+    saved = saved_bytes(shape, micro_batch, checkpointing=checkpointing)
+    working, decomposing = saved + _gradient_scratch_bytes(shape, micro_batch), 5 * _largest_weight_bytes(shape)
+    if project_in_backward:
+        return RUNTIME_BYTES + state + working + decomposing
+    return RUNTIME_BYTES + state + FLOAT_BYTES * shape.linear_parameters + max(working, decomposing)
 
 
 def lora_peak_bytes(shape: VitShape, micro_batch: int, rank: int, *, checkpointing: bool = False) -> int:
@@ -153,14 +220,16 @@ def lean_saved_bytes(shape: VitShape, images: int, ranks: Sequence[int], activat
 
 
 def lean_scratch_bytes(shape: VitShape, images: int, ranks: Sequence[int], chunk_rows: int = 2048) -> int:
-    """Buffers of a chunk: two of the widest layer, two of the model's width, one of the largest rank, attention's own.
+    """What a chunk of a branch takes, beside a repacked factor of the largest layer and twice the scores of one image.
 
-    A chunk is half the images, no more than fit into `chunk_rows` rows, and one at least.
+    Its rows are there three times as wide as the widest layer and four times as wide as the model. A chunk is half
+    the images, no more than fit into `chunk_rows` rows, and one at least.
     """
     rows = shape.tokens * max(1, min(images * shape.tokens // 2, chunk_rows) // shape.tokens)
     wide = max(shape.hidden, 3 * shape.width)
-    attention = 5 * shape.width
-    return FLOAT_BYTES * rows * (wide + shape.hidden + 2 * shape.width + max(ranks) + attention)
+    packed = max(k * max(a.in_features, a.out_features) for a, k in zip(shape.layers, ranks, strict=True))
+    scores = 2 * shape.heads * shape.tokens**2
+    return FLOAT_BYTES * (rows * (3 * wide + 4 * shape.width) + packed + scores)
 
 
 def fold_scratch_bytes(shape: VitShape, ranks: Sequence[int]) -> int:

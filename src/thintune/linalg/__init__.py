@@ -8,7 +8,12 @@ from thintune.linalg.factors import data_aware_factors, input_basis, output_spec
 from thintune.linalg.orthonormal import orthonormalize
 from thintune.linalg.rounding import rounded_subspace_step_, stochastic_round_
 from thintune.linalg.sketch import leading_directions
-from thintune.linalg.subspace import subspace_iteration, warm_subspace_step, warm_subspace_step_reference
+from thintune.linalg.subspace import (
+    subspace_iteration,
+    warm_subspace_step,
+    warm_subspace_step_,
+    warm_subspace_step_reference,
+)
 from thintune.linalg.svd import rank_for_explained_variance, truncated_svd
 from thintune.linalg.tucker import (
     compress_warm,
@@ -42,6 +47,7 @@ __all__ = [
     "truncated_svd",
     "unfold",
     "warm_subspace_step",
+    "warm_subspace_step_",
     "warm_subspace_step_reference",
     "whitened_factors",
 ]

@@ -55,7 +55,7 @@ def rounded_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Ten
     old, rows = left.float(), right.float().mul_(1 - decay)
     turned = old
     if left.shape[0] > left.shape[1]:
-        coefficients = step_coefficients(old, rows, step, basis)
+        coefficients = step_coefficients(rows, step.T @ old, basis)
         if bool(torch.isfinite(coefficients).all()):
             turned = torch.addmm(old, step, coefficients)
         lengths = torch.linalg.vector_norm(turned, dim=0)

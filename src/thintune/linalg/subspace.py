@@ -35,63 +35,103 @@ def warm_subspace_step_reference(left: Tensor, right: Tensor, step: Tensor, basi
 
 
 def warm_subspace_step(left: Tensor, right: Tensor, step: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """One subspace iteration on W + step @ basis.T, without forming it.
+    """`warm_subspace_step_` on copies."""
+    left, right = left.clone(), right.clone()
+    warm_subspace_step_(left, right, step, basis)
+    return left, right
+
+
+def warm_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Tensor) -> None:
+    """One subspace iteration on W + step @ basis.T, without forming it, in place.
 
     With moved = right + (left.T step) basis.T, the coordinates of W' in the old basis, the iteration's column space is
     that of W' moved.T = left (right moved.T) + step (basis.T moved.T). Multiplying by the inverse of the K x K matrix
     right @ moved.T leaves the space as it is and makes the columns nearly orthonormal:
 
-        left' = orth(left + step (basis.T moved.T) (right moved.T)^-1)
+        left' = orth(left + step C) = (left + step C) T^-1,   C = (basis.T moved.T) (right moved.T)^-1
         right' = (left'.T left) right + (left'.T step) basis.T
 
-    so that left' turns as little as it must and quantities stored in the old basis stay meaningful. Its products cost
-    6 K r (O + I) + 2 K^2 (2 I + 3 O) FLOPs; beside the results, scratch is K max(O, I) and a few K^2 in float64.
+    so that left' turns as little as it must and quantities stored in the old basis stay meaningful. T is a triangular
+    factor of the gram matrix, which along with left'.T left = T^-T (left.T left + C.T step.T left) needs no second
+    (O, K) matrix; scratch is a few K^2 in float64 and a chunk of either factor.
 
     Args:
-        left: (O, K), orthonormal columns.
-        right: (K, I).
+        left: (O, K), orthonormal columns; overwritten.
+        right: (K, I); overwritten.
         step: (O, r), the update in coordinates of `basis`.
         basis: (I, r), orthonormal columns.
-
-    Returns:
-        The new left (O, K) with orthonormal columns and right (K, I).
     """
     if left.shape[0] == left.shape[1]:  # a square basis spans everything: only the coordinates move
-        return left, torch.addmm(right, left.T @ step, basis.T)
-    coefficients = step_coefficients(left, right, step, basis)
+        right.addmm_(left.T @ step, basis.T)
+        return
+    shared, overlap = step.T @ left, left.T @ left
+    coefficients = step_coefficients(right, shared, basis)
+    gram = _moved_gram(overlap, shared, step, coefficients)
+    upper = _upper_factor(gram) if bool(torch.isfinite(coefficients).all()) else None
+    if upper is None:
+        _far_step_(left, right, step, basis, coefficients)
+        return
+    left.addmm_(step, coefficients)
+    overlap.addmm_(coefficients.T, shared)
+    overlap = _solve_(left, upper, overlap)
+    upper = _upper_factor((left.T @ left).double())  # a second time, for what rounding left of the first
+    assert upper is not None
+    overlap = _solve_(left, upper, overlap)
+    _set_right_(right, overlap, left.T @ step, basis)
+
+
+def _far_step_(left: Tensor, right: Tensor, step: Tensor, basis: Tensor, coefficients: Tensor) -> None:
+    """The step where left + step C is not nearly orthonormal, by Householder QR."""
     if bool(torch.isfinite(coefficients).all()):
-        turned = orthonormalize_near_(torch.addmm(left, step, coefficients))
+        turned = orthonormalize(torch.addmm(left, step, coefficients))
     else:  # right and moved have nothing in common, as where the weight is zero: the iteration itself, not scaled
         moved = torch.addmm(right, left.T @ step, basis.T)
         turned = orthonormalize(torch.addmm(left @ (right @ moved.T), step, basis.T @ moved.T))
-    return turned, ((turned.T @ left) @ right).addmm_(turned.T @ step, basis.T)
+    _set_right_(right, turned.T @ left, turned.T @ step, basis)
+    left.copy_(turned)
 
 
-def step_coefficients(left: Tensor, right: Tensor, step: Tensor, basis: Tensor) -> Tensor:
-    """(basis.T moved.T) (right moved.T)^-1 (r, K): how far left turns towards the step; not finite where it cannot."""
-    moved = torch.addmm(right, left.T @ step, basis.T)
-    return _solve_right((basis.T @ moved.T).double(), (right @ moved.T).double()).to(step.dtype)
+def _set_right_(right: Tensor, overlap: Tensor, moved: Tensor, basis: Tensor, columns: int = 512) -> None:
+    """Right <- overlap right + moved basis.T, some columns at a time."""
+    for part, directions in zip(right.split(columns, dim=1), basis.split(columns), strict=True):
+        part.copy_(torch.addmm(overlap @ part, moved, directions.T))
 
 
-def orthonormalize_near_(matrix: Tensor, chunk_rows: int = 512) -> Tensor:
-    """Orthonormalises columns that are nearly orthonormal already, by Cholesky, else by Householder QR.
+def _moved_gram(overlap: Tensor, shared: Tensor, step: Tensor, coefficients: Tensor) -> Tensor:
+    """Gram matrix (K, K) of left + step C in float64, from that of left."""
+    cross = coefficients.T.double() @ shared.double()
+    inner = coefficients.T.double() @ (step.T @ step).double() @ coefficients.double()
+    return inner.add_(overlap).add_(cross).add_(cross.T)
+
+
+def step_coefficients(right: Tensor, shared: Tensor, basis: Tensor) -> Tensor:
+    """C = (basis.T moved.T) (right moved.T)^-1 (r, K): how far left turns to the step; not finite where it cannot.
 
     Args:
-        matrix: (n, k), contiguous; overwritten.
-        chunk_rows: rows solved for at once, which bounds the scratch memory.
-
-    Returns:
-        (n, k) with orthonormal columns and unchanged signs: `matrix`, or a new tensor from the QR.
+        right: (K, I).
+        shared: (r, K), step.T @ left.
+        basis: (I, r).
     """
-    for _ in range(2):  # the second pass removes what rounding left of the first
-        gram = (matrix.T @ matrix).double()
-        factor, info = torch.linalg.cholesky_ex(gram)
-        if int(info) or not bool(torch.isfinite(factor).all()) or float(factor.diagonal().min()) < 1e-2:
-            return orthonormalize(matrix)
-        upper = factor.T.to(matrix.dtype)
-        for rows in matrix.split(chunk_rows):
-            rows.copy_(torch.linalg.solve_triangular(upper, rows, upper=True, left=False))
-    return matrix
+    seen = right @ basis
+    numerator = torch.addmm(seen.T, basis.T @ basis, shared)
+    return _solve_right(numerator.double(), torch.addmm(right @ right.T, seen, shared).double()).to(right.dtype)
+
+
+def _upper_factor(gram: Tensor) -> Tensor | None:
+    """Upper triangular T with T.T T = gram (float64), in float64; None where columns are far from orthonormal."""
+    factor, info = torch.linalg.cholesky_ex(gram)
+    sizes = factor.diagonal()
+    if int(info) or not bool(torch.isfinite(factor).all()) or not 1e-2 < float(sizes.min()) <= float(sizes.max()) < 1e2:
+        return None
+    return factor.T
+
+
+def _solve_(matrix: Tensor, upper: Tensor, overlap: Tensor, rows: int = 512) -> Tensor:
+    """Matrix <- matrix T^-1, some rows at a time; returns T^-T overlap."""
+    upper = upper.to(matrix.dtype)
+    for part in matrix.split(rows):
+        part.copy_(torch.linalg.solve_triangular(upper, part, upper=True, left=False))
+    return torch.linalg.solve_triangular(upper.T, overlap, upper=False)
 
 
 def _solve_right(numerator: Tensor, gram: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3): free memory at the heap's end that is kept; blocks that are mapped one by one, unmapped when freed."""
 _LARGEST_THRESHOLD = 32 << 20
 """Where glibc's own adjustment ends up once large blocks have been freed."""
-_fixed_bytes: int | None = None
-"""What `return_freed_blocks` fixed for this process; the C library does not tell."""
+_fixed: tuple[int, int] | None = None
+"""Both thresholds as fixed for this process, blocks first; the C library does not tell."""
 
 
 def return_freed_blocks(threshold_bytes: int = 64 << 10) -> bool:
@@ -26,24 +26,18 @@ def return_freed_blocks(threshold_bytes: int = 64 << 10) -> bool:
     Returns:
         Whether the C library can do so (glibc's mallopt).
     """
-    global _fixed_bytes  # noqa: PLW0603 - so is what it remembers
-    done = _set_threshold(threshold_bytes)
-    if done:
-        _fixed_bytes = threshold_bytes
-    return done
+    return _fix(threshold_bytes, 2 * threshold_bytes)
 
 
-def reuse_freed_blocks() -> bool:
-    """Lets freed blocks stay in the heap for the next ones: the opposite of `return_freed_blocks`, from here on.
+def reuse_freed_blocks(below_bytes: int = 1 << 20) -> bool:
+    """Lets freed blocks of less than this stay in the heap for the next ones, after `return_freed_blocks`.
 
     For the time when what stays has been made, and every step asks for the same short-lived blocks again.
 
     Returns:
         Whether the C library can do so.
     """
-    global _fixed_bytes  # noqa: PLW0603 - so is what it remembers
-    _fixed_bytes = None
-    return _set_threshold(_LARGEST_THRESHOLD)
+    return _fix(below_bytes, _LARGEST_THRESHOLD)
 
 
 def release_free_memory() -> bool:
@@ -68,27 +62,35 @@ def release_free_memory() -> bool:
 def returning_large_blocks(threshold_bytes: int = 64 << 10) -> Iterator[None]:
     """Inside, every freed block of this size and more goes back to the operating system at once.
 
-    Afterwards holds what `return_freed_blocks` fixed for the process, or else what glibc settles on by itself.
+    Afterwards holds what was fixed for the process, or else what glibc settles on by itself.
 
     Args:
         threshold_bytes: smallest block to which this applies.
     """
-    if _fixed_bytes is not None and _fixed_bytes <= threshold_bytes:
+    if _fixed is not None and _fixed[0] <= threshold_bytes:
         yield
         return
-    _set_threshold(threshold_bytes)
+    _set_thresholds(threshold_bytes, 2 * threshold_bytes)
     try:
         yield
     finally:
-        _set_threshold(_LARGEST_THRESHOLD if _fixed_bytes is None else _fixed_bytes)
+        _set_thresholds(*(_fixed or (_LARGEST_THRESHOLD, 2 * _LARGEST_THRESHOLD)))
 
 
-def _set_threshold(size: int) -> bool:
-    """Fixes both thresholds in the proportion that glibc keeps them in, 1 to 2."""
+def _fix(blocks: int, free: int) -> bool:
+    global _fixed  # noqa: PLW0603 - it holds for the whole process
+    done = _set_thresholds(blocks, free)
+    if done:
+        _fixed = blocks, free
+    return done
+
+
+def _set_thresholds(blocks: int, free: int) -> bool:
+    """Bytes of a block that is mapped by itself, and of free memory at the heap's end that is kept."""
     if not sys.platform.startswith("linux"):
         return False
     try:
         library = ctypes.CDLL(None)
-        return bool(library.mallopt(_M_MMAP_THRESHOLD, size)) and bool(library.mallopt(_M_TRIM_THRESHOLD, 2 * size))
+        return bool(library.mallopt(_M_MMAP_THRESHOLD, blocks)) and bool(library.mallopt(_M_TRIM_THRESHOLD, free))
     except (AttributeError, OSError):
         return False

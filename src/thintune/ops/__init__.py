@@ -9,7 +9,7 @@ from thintune.ops.branches import BranchOptions, ThinWeights, attention_branch, 
 from thintune.ops.compressed import compressed_linear
 from thintune.ops.factors import factor_linear
 from thintune.ops.normalize import lean_layer_norm
-from thintune.ops.products import linear
+from thintune.ops.products import limit_kernels, linear
 from thintune.ops.subspace import subspace_linear
 from thintune.ops.tucker_gradient import tucker_weight_gradient
 from thintune.ops.workspace import release_buffers
@@ -21,6 +21,7 @@ __all__ = [
     "compressed_linear",
     "factor_linear",
     "lean_layer_norm",
+    "limit_kernels",
     "linear",
     "mlp_branch",
     "release_buffers",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from thintune.ops.workspace import workspace
 
-MOST_SCORES = 1 << 20
+MOST_SCORES = 1 << 18
 """Scores of an image that are worked on at once, if it has more than one head."""
 
 
@@ -29,10 +29,11 @@ def attention_into(out: Tensor, packed: Tensor, tokens: int, heads: int, scale: 
         heads: that divide D.
         scale: factor on q k.T.
     """
-    for image, mixed in zip(packed.split(tokens), out.split(tokens), strict=True):
-        whole = mixed.view(tokens, heads, -1)
+    for image, rows in zip(packed.split(tokens), out.split(tokens), strict=True):
+        whole = rows.view(tokens, heads, -1)
         for part, q, k, v in _heads(image, heads):
-            whole[:, part].copy_(torch.bmm(_shares(q, k, scale), v).transpose(0, 1))
+            mixed = torch.bmm(_shares(q, k, scale), v, out=_like("values", q, v))
+            whole[:, part].copy_(mixed.transpose(0, 1))
 
 
 def attention_gradients_(packed: Tensor, grad: Tensor, tokens: int, heads: int, scale: float) -> None:
@@ -50,12 +51,12 @@ def attention_gradients_(packed: Tensor, grad: Tensor, tokens: int, heads: int, 
         for part, q, k, v in _heads(image, heads):
             g = whole[:, part].transpose(0, 1)
             shares = _shares(q, k, scale)
-            inner = torch.bmm(g, v.transpose(1, 2), out=_scores("score gradients", shares))
-            v.copy_(torch.bmm(shares.transpose(1, 2), g))
+            inner = torch.bmm(g, v.transpose(1, 2), out=_like("score gradients", q, shares))
+            v.copy_(torch.bmm(shares.transpose(1, 2), g, out=_like("values", v, v)))
             torch.ops.aten._softmax_backward_data.out(inner, shares, -1, shares.dtype, grad_input=inner)
-            of_q = torch.baddbmm(q, inner, k, beta=0, alpha=scale)
-            k.copy_(torch.baddbmm(k, inner.transpose(1, 2), q, beta=0, alpha=scale))
-            q.copy_(of_q)
+            of_q = torch.bmm(inner, k, out=_like("values", q, k))
+            k.copy_(torch.bmm(inner.transpose(1, 2), q, out=_like("keys", k, q)).mul_(scale))
+            q.copy_(of_q.mul_(scale))
 
 
 def _heads(image: Tensor, heads: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -75,5 +76,6 @@ def _shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.softmax(scores, -1, out=scores)
 
 
-def _scores(name: str, like: Tensor) -> Tensor:
-    return workspace.take(name, tuple(like.shape), like)
+def _like(name: str, rows: Tensor, columns: Tensor) -> Tensor:
+    """(heads, rows, columns), valid until the name is taken again."""
+    return workspace.take(name, (rows.shape[0], rows.shape[1], columns.shape[2]), rows)

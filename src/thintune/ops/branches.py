@@ -25,7 +25,7 @@ from torch import Tensor
 
 from thintune.ops.attention import attention_gradients_, attention_into
 from thintune.ops.normalize import dequantize_rows, normalization_gradients, normalize_rows, quantize_rows_into
-from thintune.ops.products import linear, linear_gelu
+from thintune.ops.products import linear, linear_into
 from thintune.ops.workspace import Pool, pool, workspace
 
 CHUNK_ROWS = 2048
@@ -120,7 +120,7 @@ class _Forward:
         if options.observe_first is not None:
             options.observe_first(normal)
         torch.mm(normal, branch.first.basis, out=self.seen[chunk])
-        return self.reduced[chunk].copy_(linear(normal, branch.first.right))
+        return self.reduced[chunk].copy_(linear(normal, branch.first.right, scratch="reduced"))
 
     def second_layer(self, inner: Tensor, rows: Tensor, out: Tensor, chunk: slice) -> None:
         """Writes rows + s * second(inner) to out."""
@@ -128,7 +128,7 @@ class _Forward:
         if self.options.observe_second is not None:
             self.options.observe_second(inner)
         torch.mm(inner, second.basis, out=self.seen_second[chunk])
-        reduced = linear(inner, second.right)
+        reduced = linear(inner, second.right, scratch="reduced")
         if scale is None:
             torch.add(rows, _expand(second, reduced), out=out)
         else:
@@ -177,7 +177,9 @@ class _Backward:
             grad = torch.mul(grad, scale, out=output)
         self.biases[1].add_(grad.sum(0))
         self._update(1, self.seen_second[chunk], grad)
-        return _through(second, grad)
+        reduced = linear(grad, second.left.T, scratch="reduced")
+        out = workspace.take("wide gradient", (len(reduced), second.right.shape[1]), reduced)
+        return torch.mm(reduced, second.right, out=out)
 
     def first_output(self, chunk: slice) -> Tensor:
         """The first layer's output (m, O), from the thin product that was kept."""
@@ -188,7 +190,8 @@ class _Backward:
         first = self.branch.first
         self.biases[0].add_(grad.sum(0))
         self._update(0, self.seen[chunk], grad)
-        grad_normal = _through(first, grad)
+        reduced = linear(grad, first.left.T, scratch="reduced")
+        grad_normal = linear(reduced, first.right.T, scratch="narrow gradient")
         normal = dequantize_rows(self.values[chunk], self.step[chunk])
         inner, gamma, beta = normalization_gradients(grad_normal, normal, self.branch.gamma)
         torch.addcmul(self.rows[chunk], inner, self.rstd[chunk], out=self.grad_x[chunk])
@@ -197,16 +200,15 @@ class _Backward:
         self.beta += beta
 
     def _update(self, layer: int, seen: Tensor, grad: Tensor) -> None:
-        """Adds (X U).T G (r, O), the update's gradient transposed."""
-        found, before = linear(seen.T, grad.T), self.updates[layer]
-        self.updates[layer] = found if before is None else before.add_(found)
+        """Adds G.T (X U) (O, r)."""
+        found, before = linear(seen.T, grad.T, scratch="update"), self.updates[layer]
+        self.updates[layer] = found.T.contiguous() if before is None else before.add_(found.T)
 
     def gradients(self, shape: torch.Size) -> tuple[Tensor | None, ...]:
         """In the order of the function's arguments; what was kept is given back, unless the graph is used again."""
         if not _keeps_graph():
             self.pool.give_back(*self.kept)
-        updates = [None if found is None else found.T.contiguous() for found in self.updates]
-        layers = [(None, None, bias, update, None) for bias, update in zip(self.biases, updates, strict=True)]
+        layers = [(None, None, bias, update, None) for bias, update in zip(self.biases, self.updates, strict=True)]
         return self.grad_x.reshape(shape), self.gamma, self.beta, self.scale, *layers[0], *layers[1], None
 
 
@@ -218,13 +220,9 @@ def _keeps_graph() -> bool:
 
 
 def _expand(layer: ThinWeights, reduced: Tensor) -> Tensor:
-    """Z L.T + b (m, O)."""
-    return linear(reduced, layer.left, layer.bias)
-
-
-def _through(layer: ThinWeights, grad: Tensor) -> Tensor:
-    """(G L) R (m, I)."""
-    return linear(linear(grad, layer.left.T), layer.right.T)
+    """Z L.T + b (m, O), valid until the next call."""
+    out = workspace.take("wide", (len(reduced), len(layer.left)), reduced)
+    return linear_into(out, reduced, layer.left, layer.bias)
 
 
 class _MlpBranch(torch.autograd.Function):
@@ -236,7 +234,7 @@ class _MlpBranch(torch.autograd.Function):
         out = torch.empty_like(rows)
         for chunk in _chunks(len(rows), x.shape[-2]):
             reduced = kept.first_layer(rows[chunk], chunk)
-            inner = linear_gelu(reduced, kept.branch.first.left, kept.branch.first.bias)
+            inner = torch.ops.aten.gelu_(_expand(kept.branch.first, reduced))
             kept.second_layer(inner, rows[chunk], out[chunk], chunk)
         kept.keep(ctx)
         return out.reshape(x.shape)

@@ -141,7 +141,8 @@ class LayerwiseStep:
                 parameter.grad.add_(parameter, alpha=part["weight_decay"])
                 part["weight_decay"] = 0.0
         try:
-            self._optimizer.step()
+            with returning_large_blocks():  # comes once a step: rather a page fault than a larger heap
+                self._optimizer.step()
         finally:
             self._optimizer.param_groups = whole
         for parameter in unit.parameters:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thintune.linalg import orthonormalize, rounded_subspace_step_, warm_subspace_step
+from thintune.linalg import orthonormalize, rounded_subspace_step_, warm_subspace_step_
 from thintune.nn import FactorLinear, SubspaceLinear, TuckerCompressor
 
 _ADAPTIVE = (
@@ -131,9 +131,7 @@ class ThinStep:
         else:
             if decay:
                 layer.right.mul_(1 - decay)
-            left, right = warm_subspace_step(layer.left, layer.right, layer.update, layer.basis)
-            layer.left.copy_(left)
-            layer.right.copy_(right)
+            warm_subspace_step_(layer.left, layer.right, layer.update, layer.basis)
         layer.update.zero_()
 
 

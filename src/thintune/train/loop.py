@@ -66,10 +66,8 @@ class Loop:
         self._layerwise: LayerwiseStep | None = None
         if config.layerwise_update:
             self._layerwise = LayerwiseStep(model, optimizer, thin_step, self._check_gradients)
-            release_free_memory()
-            reuse_freed_blocks()  # what stays has been made
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._measured = False
+        self._measured = self._settled = False
 
     def run(self, after_step: Callable[[Progress], bool]) -> bool:
         """Steps until the end.
@@ -99,6 +97,7 @@ class Loop:
         """Takes one optimizer step on the images of these rows and measures nothing."""
         self.model.train()
         self._step(indices)
+        self._settle()
         self.progress.step += 1
 
     def _timed_step(self, indices: Tensor) -> None:
@@ -111,7 +110,15 @@ class Loop:
             self._step(indices)
             if len(indices) == self.config.batch_size:
                 self.progress.step_times_s.append(time.perf_counter() - begun)
+        self._settle()
         self.progress.step += 1
+
+    def _settle(self) -> None:
+        """After the first step all that stays has been made: what is freed from now on is used again."""
+        if self._layerwise is not None and self.config.reuse_memory and not self._settled:
+            release_free_memory()
+            reuse_freed_blocks()
+        self._settled = True
 
     def _step(self, indices: Tensor, measure: bool = False) -> None:
         factor = learning_rate_factor(self.progress.step, self.steps, self.config.warmup_fraction)

@@ -19,6 +19,7 @@ from thintune.convert.structure import rebuild_
 from thintune.data import Normalization, Split, Splits, load_splits
 from thintune.errors import ConfigError
 from thintune.measure import return_freed_blocks
+from thintune.ops import limit_kernels
 from thintune.planning.perplexity import perplexity_table, plan_activations
 from thintune.train.adapters import count_adapters
 from thintune.train.methods import import_for, prepare_
@@ -66,6 +67,8 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
     """
     if config.train.layerwise_update:
         return_freed_blocks()
+        if not config.train.reuse_memory:
+            limit_kernels(0)
     torch.manual_seed(config.train.seed)
     folder = thin_folder(config)
     if folder is not None:
