@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,6 +68,19 @@ def refused(thintune, tmp_path):
 )
 def test_a_bad_value_is_named(words, said, tiny, refused):
     assert said in refused(*tiny, *words)
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "extra"),
+    [
+        ("galore", "pytorch_optimizer.optimizer.utils.galore", "bench"),
+        ("lora", "peft", "peft"),
+        ("lora_fa", "peft", "peft"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra(method, module, extra, tiny, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f"pip install 'thintune[{extra}]'" in refused(*tiny, "--method", method)
 
 
 def test_a_bad_key_of_a_yaml_file_is_named(tiny, refused, tmp_path):

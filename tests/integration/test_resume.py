@@ -75,7 +75,7 @@ def test_ctrl_c_saves_and_resume_ends_with_the_same_bits(
     assert all(whole[k] == cut[k] for k in ("test_accuracy", "val_accuracy", "train_loss", "kept_weight_fraction"))
 
 
-@pytest.mark.parametrize("method", ["thin", "lora"])
+@pytest.mark.parametrize("method", ["thin", "amc", "lora", "svd_lora"])
 def test_a_model_with_buffers_that_no_file_holds_resumes_to_the_same_bits(method, tiny, thintune, interrupt, tmp_path):
     swin = ["--model.name", "timm:swin_tiny_patch4_window7_224", "--data.image_size", "32", "--train.epochs", "1"]
     options = '{"embed_dim": 12, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "drop_path_rate": 0.2}'

@@ -61,7 +61,7 @@ def test_a_seed_decides_every_bit(method, tiny, thintune, tmp_path):
     assert any(not torch.equal(a[name], c[name]) for name in a if c[name].shape == a[name].shape)
 
 
-@pytest.mark.parametrize("method", ["thin", "wsi", "dense"])
+@pytest.mark.parametrize("method", ["thin", "wsi", "svd_lora", "head", "dense"])
 def test_micro_batches_give_the_weights_of_the_whole_batch(method, tiny, thintune, tmp_path):
     tiny[tiny.index("--model.options") + 1] = '{"patch_size": 7, "depth": 2, "embed_dim": 48, "num_heads": 3}'
     for name, extra in (("whole", []), ("parts", ["--train.micro_batch", "7"])):

@@ -93,8 +93,8 @@ def st_hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]
 def hosvd(tensor: Tensor, explained_variance: float) -> tuple[Tensor, list[Tensor]]:
     """Truncated higher-order SVD, its ranks by explained variance (AMC, arXiv 2411.06346).
 
-    Every factor holds the leading left singular vectors of the tensor's own unfolding, found by the eigenvectors of
-    its Gram matrix; the core is the tensor's projection on all of them.
+    Every factor holds the leading left singular vectors of the tensor's own unfolding, found as eigenvectors of its
+    Gram matrix in the tensor's precision, which is what takes the time; the core is the projection on all of them.
 
     Args:
         tensor: (n_1, ..., n_m), m >= 2.
@@ -108,7 +108,8 @@ def hosvd(tensor: Tensor, explained_variance: float) -> tuple[Tensor, list[Tenso
     """
     core, factors = tensor, []
     for mode in range(tensor.ndim):
-        values, vectors = torch.linalg.eigh(_gram(tensor, mode))
+        gram = _gram(tensor, mode).to(torch.promote_types(tensor.dtype, torch.float32))
+        values, vectors = torch.linalg.eigh(gram)
         rank = rank_for_explained_variance(values.flip(0), explained_variance)
         factor = vectors.flip(1)[:, :rank].to(tensor.dtype).contiguous()
         core = mode_dot(core, factor.T, mode)

@@ -20,6 +20,7 @@ from thintune.data import Splits
 from thintune.errors import ConfigError, DataError, ThintuneError
 from thintune.io import prepare_directory, save_checkpoint, write_text
 from thintune.measure import median_and_iqr, peak_rss_bytes, provenance, release_free_memory, rss_bytes
+from thintune.ops import release_buffers
 from thintune.optim import ThinStep
 from thintune.records import RunRecord
 from thintune.train.evaluate import evaluate
@@ -100,6 +101,7 @@ class _Run:
         self.record = _new_record(config, resumed=resume)
 
     def execute(self) -> RunRecord:
+        release_buffers()  # of an earlier run in this process, which would count as saved activations of this one
         import_libraries(self.config)
         self.record.baseline_rss_bytes = rss_bytes()
         splits = load_data(self.config.model, self.config.data)
