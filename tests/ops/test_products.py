@@ -61,3 +61,14 @@ def test_shapes_beyond_the_limit_take_torchs_own_path(monkeypatch):
         linear(x, small), linear(x, small)
         assert torch.equal(linear(x, large), F.linear(x, large))
     assert len(products._kernels.met) == (1 if products._BUILT_IN else 0)
+
+
+def test_without_kernels_no_shape_gets_one_and_the_limit_comes_back(monkeypatch):
+    from thintune.ops import products
+
+    monkeypatch.setattr(products, "_kernels", products._Kernels())
+    x, weight = torch.randn(10, 6), torch.randn(3, 6)
+    limit = products._kernels.limit
+    with torch.no_grad(), products.without_kernels():
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert products._kernels.limit == limit and not products._kernels.met

@@ -9,7 +9,7 @@ from thintune.ops.branches import BranchOptions, ThinWeights, attention_branch, 
 from thintune.ops.compressed import compressed_linear
 from thintune.ops.factors import factor_linear
 from thintune.ops.normalize import lean_layer_norm
-from thintune.ops.products import limit_kernels, linear
+from thintune.ops.products import limit_kernels, linear, without_kernels
 from thintune.ops.subspace import subspace_linear
 from thintune.ops.tucker_gradient import tucker_weight_gradient
 from thintune.ops.workspace import release_buffers
@@ -27,4 +27,5 @@ __all__ = [
     "release_buffers",
     "subspace_linear",
     "tucker_weight_gradient",
+    "without_kernels",
 ]

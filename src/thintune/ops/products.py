@@ -10,6 +10,9 @@ its own: `limit_kernels` says how many shapes may have it.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +48,16 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def limit_kernels(shapes: int) -> None:
     """Lets no more than the first so many shapes of this process have a kernel of their own from here on."""
     _kernels.limit = shapes
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, no further shape gets a kernel; also a decorator."""
+    before, _kernels.limit = _kernels.limit, 0
+    try:
+        yield
+    finally:
+        _kernels.limit = before
 
 
 class _Kernels:

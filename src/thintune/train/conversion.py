@@ -12,6 +12,7 @@ from thintune.convert import ConversionReport, convert_
 from thintune.errors import CheckpointError, ConfigError
 from thintune.io import prepare_directory, save_checkpoint
 from thintune.measure import peak_rss_bytes, release_free_memory, rss_bytes
+from thintune.ops import without_kernels
 from thintune.train.models import build_model, classifier_name, open_model
 from thintune.train.prepare import calibration_batches, check_device, import_libraries, load_data, without_head
 
@@ -33,6 +34,7 @@ class ConversionResult:
     """High-water mark of the process above the imported libraries, the data set included."""
 
 
+@without_kernels()  # a pass or two over few images are not worth their memory
 def convert_checkpoint(config: RunConfig, out: Path, *, overwrite: bool = False) -> ConversionResult:
     """Converts the dense weights that the configuration names and writes a thin checkpoint.
 
