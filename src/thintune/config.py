@@ -195,6 +195,10 @@ class TrainConfig:
     """Fit a new head on the converted model's features before training."""
     checkpoint_every: int = 50
     """Steps between two resumable checkpoints; 0 for none."""
+    evaluate_test: bool = True
+    """Measure the test split at the end; false leaves it alone, as while choosing settings by validation accuracy."""
+    track_subspaces: bool = False
+    """Note ranks and principal angles of every layer's bases after each epoch, in OUT/subspaces.json."""
     seed: int = 0
     """Seed of weights, data order and dropout."""
 

@@ -20,6 +20,8 @@ class RunRecord:
     status: Status = "failed"
     error: str | None = None
     """Why a run failed, or null."""
+    diverged: bool = False
+    """Whether it failed by a loss or a gradient that is not finite."""
     method: str = ""
     model: str = ""
     model_options: dict[str, Any] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from thintune.bench import limits
-from thintune.bench.settings import Limit, parse_limit
+from thintune.bench.cost.settings import Limit, parse_limit
 from thintune.errors import ConfigError
 
 permitted = pytest.mark.skipif(limits.why_not_permitted() is not None, reason="no control group can be made here")

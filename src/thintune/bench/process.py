@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from thintune.bench.limits import MemoryGroup
 
+_PREFIX = "thintune: error: "
+_INTERRUPTED = 130
 Ending = Literal["finished", "killed", "timed out", "failed"]
 
 
@@ -34,7 +36,7 @@ class Outcome:
 
 
 def run_worker(order: dict[str, Any], group: MemoryGroup | None = None, timeout_s: float | None = None) -> Outcome:
-    """Runs `thintune.bench.worker` in a process of its own.
+    """Runs `thintune.bench.cost.worker` in a process of its own.
 
     Args:
         order: JSON values, see the worker.
@@ -45,7 +47,7 @@ def run_worker(order: dict[str, Any], group: MemoryGroup | None = None, timeout_
         asked, answer, errors = (Path(folder) / name for name in ("order.json", "result.json", "errors.txt"))
         usage = None if group is None else str(group.usage_file)
         asked.write_text(json.dumps({"scratch": folder, "usage_file": usage, **order}), encoding="utf-8")
-        words = [sys.executable, "-m", "thintune.bench.worker", str(asked), str(answer)]
+        words = [sys.executable, "-m", "thintune.bench.cost.worker", str(asked), str(answer)]
         begun = time.perf_counter()
         with open(errors, "wb") as stream:
             code = _run(words if group is None else group.command(words), stream.fileno(), timeout_s)
@@ -61,9 +63,43 @@ def run_worker(order: dict[str, Any], group: MemoryGroup | None = None, timeout_
     return Outcome(ending, found, error, duration, None if group is None else group.peak_bytes())
 
 
-def _run(words: list[str], errors: int, timeout_s: float | None) -> int | None:
+@dataclass(frozen=True)
+class CommandOutcome:
+    """What became of a command."""
+
+    ending: Ending
+    output: str
+    """What it printed on standard output."""
+    error: str | None
+    """The last line of its standard error, where it failed."""
+    interrupted: bool
+    duration_s: float
+
+
+def run_command(words: list[str], timeout_s: float | None = None) -> CommandOutcome:
+    """Runs a command in a process of its own.
+
+    Args:
+        words: of the command.
+        timeout_s: after which it is ended.
+    """
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        begun = time.perf_counter()
+        code = _run(words, errors.fileno(), timeout_s, output.fileno())
+        duration = round(time.perf_counter() - begun, 3)
+        output.seek(0)
+        errors.seek(0)
+        printed = output.read().decode(errors="replace")
+        lines = errors.read().decode(errors="replace").strip().splitlines()
+    ending = _ending(code)
+    error = None if ending != "failed" else lines[-1].removeprefix(_PREFIX) if lines else f"exit code {code}"
+    return CommandOutcome(ending, printed, error, code in (_INTERRUPTED, -signal.SIGINT), duration)
+
+
+def _run(words: list[str], errors: int, timeout_s: float | None, output: int | None = None) -> int | None:
     """Exit code, or None where the time was over; the process is gone in any case."""
-    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+    streams = {"stdin": subprocess.DEVNULL, "stdout": errors if output is None else output, "stderr": errors}
+    process = subprocess.Popen(words, **streams)
     try:
         return process.wait(timeout_s)
     except subprocess.TimeoutExpired:

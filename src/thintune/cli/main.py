@@ -15,7 +15,7 @@ commands:
   train   fine-tune a model: dense, or thin in one of several ways, or with LoRA
   convert turn dense weights into a thin checkpoint
   eval    measure a checkpoint on its test split
-  bench   measure what training takes: `thintune bench cost`
+  bench   measure what training takes and gives: `thintune bench cost`, `thintune bench frontier`
 
 `thintune COMMAND --help` lists the flags of a command; `thintune --version` prints the version.
 Exit codes: 0 done, 2 bad input or a failed run (one line says why), 130 interrupted (the state is saved)."""

@@ -33,6 +33,13 @@ The rows: dense, LoRA and GaLore in plain PyTorch with micro-batches, checkpoint
 pass; asi, wsi, wasi and thin. OUT/table.md and OUT/table.json hold medians and spread, OUT/cells one JSON a process; a
 process that has ended is not run again. docs/bench_cost.md says what is measured and how."""
 
+BENCH_FRONTIER_HELP = """Accuracy against memory and time: every method at its best learning rate, over several seeds.
+
+Each row first tries its learning rates with seed 0 and keeps the one of the highest validation accuracy; a sweep whose
+best rate is its lowest or highest goes on. Then all seeds run at that rate, and each of them reads the official test
+split once. Every run is a fresh process; OUT/cells holds one JSON for each, and a run that has ended is not repeated.
+OUT/report.html, frontier.json and frontier.csv show what came of it; docs/bench_frontier.md says what is measured."""
+
 EVAL_HELP = "Measure a checkpoint on the test split of the data it was trained on."
 
 
@@ -105,7 +112,7 @@ def train_parser() -> Parser:
 
 def bench_cost_parser() -> Parser:
     """Parser of `thintune bench cost`."""
-    from thintune.bench.settings import CostSettings
+    from thintune.bench.cost.settings import CostSettings
 
     parser = Parser(
         prog="thintune bench cost", description=BENCH_COST_HELP, formatter_class=_Formatter, allow_abbrev=False
@@ -114,6 +121,20 @@ def bench_cost_parser() -> Parser:
     parser.add_argument("--out", type=str, default=None, help="Folder of the bench, made if need be.")
     parser.add_argument("--list", action="store_true", help="Print the selected rows and do nothing else.")
     parser.add_class_arguments(CostSettings, None, fail_untyped=True)
+    return parser
+
+
+def bench_frontier_parser() -> Parser:
+    """Parser of `thintune bench frontier`."""
+    from thintune.bench.frontier.settings import FrontierSettings
+
+    parser = Parser(
+        prog="thintune bench frontier", description=BENCH_FRONTIER_HELP, formatter_class=_Formatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below; flags win.")
+    parser.add_argument("--out", type=str, default=None, help="Folder of the bench, made if need be.")
+    parser.add_argument("--list", action="store_true", help="Print the selected rows and do nothing else.")
+    parser.add_class_arguments(FrontierSettings, None, fail_untyped=True)
     return parser
 
 

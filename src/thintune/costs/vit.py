@@ -18,6 +18,12 @@ RUNTIME_BYTES = 30_000_000
 """What the first steps of any run add beyond tensors: pages of the libraries' code, packing buffers of the matrix
 products. Measured on x86 with two threads, where importing alone is the baseline."""
 
+KERNEL_BYTES = 600_000
+"""Code that oneDNN generates for one shape of a product, and its tables."""
+
+HOLES_BYTES = 15_000_000
+"""What freed blocks below a megabyte leave in the heap of a thin run that keeps them for use again."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -247,11 +253,13 @@ def thin_peak_bytes(
     activation_rank: int,
     *,
     factor_dtype: Literal["float32", "bfloat16"] = "float32",
+    reuse_memory: bool = False,
 ) -> int:
     """Peak above the imported libraries of `thin` with lean blocks, SGD with momentum and layer-wise updates.
 
     Factors, bases, the momentum that gathers the gradients, everything that is not thin three times over (weights,
-    momentum, and gradients of one layer at a time), and what is kept of one micro-batch.
+    momentum, and gradients of one layer at a time), and what is kept of one micro-batch. With
+    `reuse_memory` there is a kernel for both products of every layer, and the heap keeps what is freed.
     """
     r = activation_rank
     factors = shape.depth * sum(k * (a.in_features + a.out_features) for a, k in zip(shape.layers, ranks, strict=True))
@@ -264,4 +272,5 @@ def thin_peak_bytes(
         widened = FLOAT_BYTES * sum(max(pairs[i], pairs[i + 2]) for i in (0, 1))
     state = width * factors + FLOAT_BYTES * (bases + momentum + 2 * shape.other_parameters)
     working = lean_saved_bytes(shape, micro_batch, ranks, r) + lean_scratch_bytes(shape, micro_batch, ranks)
-    return RUNTIME_BYTES + state + widened + working + fold_scratch_bytes(shape, ranks)
+    kept = KERNEL_BYTES * 2 * len(shape.layers) * shape.depth + HOLES_BYTES if reuse_memory else 0
+    return RUNTIME_BYTES + state + widened + working + fold_scratch_bytes(shape, ranks) + kept

@@ -4,6 +4,7 @@ Legend: O output features, I input features, K rank of a weight, r rank of an ac
 M rows (all leading axes of an activation, flattened).
 """
 
+from thintune.linalg.angles import principal_angles
 from thintune.linalg.factors import data_aware_factors, input_basis, output_spectrum
 from thintune.linalg.orthonormal import orthonormalize
 from thintune.linalg.rounding import rounded_subspace_step_, stochastic_round_
@@ -37,6 +38,7 @@ __all__ = [
     "mode_ranks",
     "orthonormalize",
     "output_spectrum",
+    "principal_angles",
     "rank_for_explained_variance",
     "reconstruct",
     "rounded_subspace_step_",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from thintune.linalg.subspace import step_coefficients
+from thintune.linalg.orthonormal import orthonormalize
+from thintune.linalg.subspace import moved_gram, step_coefficients, upper_factor
 
 _CHUNK = 1 << 16
+_ROWS = 512
+"""Rows of left and columns of right that are there in float32 at a time."""
+_Turn = Callable[[slice, Tensor], Tensor]
 _LARGEST_SKEW = 0.1
 """Share by which a column of left may leave the unit length before the columns are orthonormalised again."""
 
@@ -41,7 +47,8 @@ def rounded_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Ten
         right' = (left'.T left')^-1 left'.T (left right + step basis.T),
 
     so that only its own rounding is left as an error. The columns of left are orthonormalised only when they have
-    become skew: without a step nothing changes, and rounding does not add up.
+    become skew: without a step nothing changes, and rounding does not add up. Scratch is a few K^2 and some rows of
+    either factor in float32.
 
     Args:
         left: (O, K) bfloat16, columns nearly orthonormal.
@@ -52,18 +59,52 @@ def rounded_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Ten
     """
     if not (decay or bool(step.any())):
         return
-    old, rows = left.float(), right.float().mul_(1 - decay)
-    turned = old
-    if left.shape[0] > left.shape[1]:
-        coefficients = step_coefficients(rows, step.T @ old, basis)
-        if bool(torch.isfinite(coefficients).all()):
-            turned = torch.addmm(old, step, coefficients)
-        lengths = torch.linalg.vector_norm(turned, dim=0)
-        if bool(((lengths - 1).abs() > _LARGEST_SKEW).any()):
-            turned = torch.linalg.qr(turned)[0].contiguous()
-        stochastic_round_(left, turned)
-        turned = left.float()
-    gram = (turned.T @ turned).double()
-    overlap = torch.linalg.solve(gram, (turned.T @ old).double()).float()
-    moved = torch.linalg.solve(gram, (turned.T @ step).double()).float()
-    stochastic_round_(right, (overlap @ rows).addmm_(moved, basis.T))
+    turn = None if left.shape[0] == left.shape[1] else _turn(left, right, step, basis, 1 - decay)
+    gram, overlap = step.new_zeros(left.shape[1], left.shape[1]), step.new_zeros(left.shape[1], left.shape[1])
+    moved = step.new_zeros(left.shape[1], step.shape[1])
+    for rows in _slices(len(left)):
+        old = new = left[rows].float()
+        if turn is not None:
+            stochastic_round_(left[rows], turn(rows, old))
+            new = left[rows].float()
+        gram.addmm_(new.T, new)
+        overlap.addmm_(new.T, old)
+        moved.addmm_(new.T, step[rows])
+    overlap = torch.linalg.solve(gram.double(), overlap.double()).float().mul_(1 - decay)
+    moved = torch.linalg.solve(gram.double(), moved.double()).float()
+    for columns in _slices(right.shape[1]):
+        part = (overlap @ right[:, columns].float()).addmm_(moved, basis[columns].T)
+        right[:, columns] = stochastic_round_(torch.empty_like(part, dtype=right.dtype), part)
+
+
+def _slices(length: int) -> list[slice]:
+    return [slice(at, at + _ROWS) for at in range(0, length, _ROWS)]
+
+
+def _turn(left: Tensor, right: Tensor, step: Tensor, basis: Tensor, scale: float) -> _Turn | None:
+    """How rows of left turn to the step; None where they stay, since it has nothing in common with the weight."""
+    shared, inner = step.new_zeros(step.shape[1], left.shape[1]), step.new_zeros(left.shape[1], left.shape[1])
+    for rows in _slices(len(left)):
+        part = left[rows].float()
+        shared.addmm_(step[rows].T, part)
+        inner.addmm_(part.T, part)
+    seen, gram = step.new_zeros(left.shape[1], basis.shape[1]), torch.zeros_like(inner)
+    for columns in _slices(right.shape[1]):
+        part = right[:, columns].float().mul_(scale)
+        seen.addmm_(part, basis[columns])
+        gram.addmm_(part, part.T)
+    coefficients = step_coefficients(seen, gram, shared, basis)
+    if not bool(torch.isfinite(coefficients).all()):
+        return None
+    turned_gram = moved_gram(inner, shared, step, coefficients)
+    lengths = turned_gram.diagonal().clamp(min=0).sqrt()
+    if not bool(((lengths - 1).abs() > _LARGEST_SKEW).any()):
+        return lambda rows, old: torch.addmm(old, step[rows], coefficients)
+    upper = upper_factor(turned_gram)
+    if upper is None:  # far from orthonormal: rare enough to be done whole
+        whole = orthonormalize(torch.addmm(left.float(), step, coefficients))
+        return lambda rows, _: whole[rows]
+    upper = upper.float()
+    return lambda rows, old: torch.linalg.solve_triangular(
+        upper, torch.addmm(old, step[rows], coefficients), upper=True, left=False
+    )

@@ -65,16 +65,16 @@ def warm_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Tensor
         right.addmm_(left.T @ step, basis.T)
         return
     shared, overlap = step.T @ left, left.T @ left
-    coefficients = step_coefficients(right, shared, basis)
-    gram = _moved_gram(overlap, shared, step, coefficients)
-    upper = _upper_factor(gram) if bool(torch.isfinite(coefficients).all()) else None
+    coefficients = step_coefficients(right @ basis, right @ right.T, shared, basis)
+    gram = moved_gram(overlap, shared, step, coefficients)
+    upper = upper_factor(gram) if bool(torch.isfinite(coefficients).all()) else None
     if upper is None:
         _far_step_(left, right, step, basis, coefficients)
         return
     left.addmm_(step, coefficients)
     overlap.addmm_(coefficients.T, shared)
     overlap = _solve_(left, upper, overlap)
-    upper = _upper_factor((left.T @ left).double())  # a second time, for what rounding left of the first
+    upper = upper_factor((left.T @ left).double())  # a second time, for what rounding left of the first
     assert upper is not None
     overlap = _solve_(left, upper, overlap)
     _set_right_(right, overlap, left.T @ step, basis)
@@ -97,27 +97,27 @@ def _set_right_(right: Tensor, overlap: Tensor, moved: Tensor, basis: Tensor, co
         part.copy_(torch.addmm(overlap @ part, moved, directions.T))
 
 
-def _moved_gram(overlap: Tensor, shared: Tensor, step: Tensor, coefficients: Tensor) -> Tensor:
+def moved_gram(overlap: Tensor, shared: Tensor, step: Tensor, coefficients: Tensor) -> Tensor:
     """Gram matrix (K, K) of left + step C in float64, from that of left."""
     cross = coefficients.T.double() @ shared.double()
     inner = coefficients.T.double() @ (step.T @ step).double() @ coefficients.double()
     return inner.add_(overlap).add_(cross).add_(cross.T)
 
 
-def step_coefficients(right: Tensor, shared: Tensor, basis: Tensor) -> Tensor:
+def step_coefficients(seen: Tensor, gram: Tensor, shared: Tensor, basis: Tensor) -> Tensor:
     """C = (basis.T moved.T) (right moved.T)^-1 (r, K): how far left turns to the step; not finite where it cannot.
 
     Args:
-        right: (K, I).
+        seen: (K, r), right @ basis.
+        gram: (K, K), right @ right.T.
         shared: (r, K), step.T @ left.
         basis: (I, r).
     """
-    seen = right @ basis
     numerator = torch.addmm(seen.T, basis.T @ basis, shared)
-    return _solve_right(numerator.double(), torch.addmm(right @ right.T, seen, shared).double()).to(right.dtype)
+    return _solve_right(numerator.double(), torch.addmm(gram, seen, shared).double()).to(seen.dtype)
 
 
-def _upper_factor(gram: Tensor) -> Tensor | None:
+def upper_factor(gram: Tensor) -> Tensor | None:
     """Upper triangular T with T.T T = gram (float64), in float64; None where columns are far from orthonormal."""
     factor, info = torch.linalg.cholesky_ex(gram)
     sizes = factor.diagonal()

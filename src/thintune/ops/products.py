@@ -45,9 +45,13 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x, weight.T, out=out)
 
 
-def limit_kernels(shapes: int) -> None:
-    """Lets no more than the first so many shapes of this process have a kernel of their own from here on."""
-    _kernels.limit = shapes
+def limit_kernels(shapes: int | None) -> None:
+    """Lets no more than the first so many shapes of this process have a kernel of their own from here on; None: all."""
+    _kernels.limit = _REMEMBERED if shapes is None else shapes
+
+
+_REMEMBERED = 1024
+"""Shapes whose kernels oneDNN keeps."""
 
 
 @contextlib.contextmanager
@@ -64,7 +68,7 @@ class _Kernels:
     """Which shapes have met oneDNN."""
 
     def __init__(self) -> None:
-        self.limit = 1024  # what oneDNN itself remembers
+        self.limit = _REMEMBERED
         self.met: set[tuple[object, ...]] = set()
 
     def admit(self, key: tuple[object, ...]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import signal
 import time
@@ -17,9 +18,9 @@ from torch import nn
 from thintune.config import RunConfig, to_dict
 from thintune.convert import ConversionReport
 from thintune.data import Splits
-from thintune.errors import ConfigError, DataError, ThintuneError
-from thintune.io import prepare_directory, save_checkpoint, write_text
-from thintune.measure import median_and_iqr, peak_rss_bytes, provenance, release_free_memory, rss_bytes
+from thintune.errors import ConfigError, DataError, DivergenceError, ThintuneError
+from thintune.io import prepare_directory, save_checkpoint
+from thintune.measure import release_free_memory, rss_bytes
 from thintune.ops import release_buffers
 from thintune.optim import ThinStep
 from thintune.records import RunRecord
@@ -29,9 +30,11 @@ from thintune.train.loop import Loop, Progress
 from thintune.train.methods import finish_, make_optimizer
 from thintune.train.models import classifier_name
 from thintune.train.prepare import build, check_device, import_libraries, load_data, rebuild
+from thintune.train.recording import new_record, note_progress, write_record
 from thintune.train.state import SavedState, save_state
+from thintune.train.subspaces import SubspaceTracker
 
-STATE, CHECKPOINT, RECORD = "state", "checkpoint", "record.json"
+STATE, CHECKPOINT = "state", "checkpoint"
 
 
 class Display(Protocol):
@@ -98,7 +101,7 @@ class _Run:
             torch.set_num_threads(config.threads)
         self.began = time.perf_counter()
         self.stopped = False
-        self.record = _new_record(config, resumed=resume)
+        self.record = new_record(config, resumed=resume)
 
     def execute(self) -> RunRecord:
         release_buffers()  # of an earlier run in this process, which would count as saved activations of this one
@@ -117,10 +120,11 @@ class _Run:
         except Exception as error:
             kind = "" if isinstance(error, ThintuneError) else f"{type(error).__name__}: "
             self.record.status, self.record.error = "failed", f"{kind}{error}"
+            self.record.diverged = isinstance(error, DivergenceError)
             with contextlib.suppress(ThintuneError):
-                self._write_record()
+                write_record(self.record, self.out, self.began)
             raise
-        self._write_record()
+        write_record(self.record, self.out, self.began)
         return self.record
 
     def _stop(self) -> None:
@@ -152,7 +156,7 @@ class _Run:
         try:
             finished = self._steps(loop, model, optimizer)
         finally:
-            self._note_progress(loop.progress)
+            note_progress(self.record, loop.progress)
         if not finished:
             self.record.status = "interrupted"
             return
@@ -189,6 +193,10 @@ class _Run:
 
     def _steps(self, loop: Loop, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         every = self.config.train.checkpoint_every
+        tracker = None
+        if self.config.train.track_subspaces:
+            done = loop.progress.step // loop.steps_per_epoch if self.record.resumed else None
+            tracker = SubspaceTracker(model, self.out, done)
 
         def save() -> None:
             progress = {
@@ -201,6 +209,8 @@ class _Run:
 
         def after_step(progress: Progress) -> bool:
             self.display.step(progress)
+            if tracker is not None and (progress.step % loop.steps_per_epoch == 0 or progress.step == loop.steps):
+                tracker.observe(math.ceil(progress.step / loop.steps_per_epoch))
             stopping = self.stopped  # asked once: a signal from here on waits for the next step
             if stopping or (every and progress.step % every == 0):
                 save()
@@ -218,72 +228,18 @@ class _Run:
             self.stepping = False
             self.display.stop()
 
-    def _note_progress(self, progress: Progress) -> None:
-        record = self.record
-        record.steps = progress.step
-        losses = progress.epoch_losses
-        record.train_loss = sum(losses) / len(losses) if losses else None
-        record.saved_activation_bytes = progress.saved_activation_bytes
-        record.train_flops_per_step = progress.flops_per_step
-        record.step_time_s_median, record.step_time_s_iqr = median_and_iqr(progress.step_times_s)
-        if record.step_time_s_median:
-            record.images_per_s = self.config.train.batch_size / record.step_time_s_median
-        peak, baseline = peak_rss_bytes(), record.baseline_rss_bytes
-        if peak is not None and baseline is not None:
-            record.train_peak_above_baseline_bytes = peak - baseline
-
     def _finish(self, model: nn.Module, splits: Splits) -> None:
         config = self.config
         finish_(model, config)
         size = min(config.train.micro_batch or config.train.batch_size, 32)
         self.record.val_accuracy = evaluate(model, splits.val, size, config.device).accuracy
-        tested = evaluate(model, splits.test, size, config.device)
-        self.record.test_accuracy = tested.accuracy
-        self.record.inference_images_per_s = tested.images_per_s
-        info = {
-            "config": to_dict(config),
-            "classes": splits.classes,
-            "test_accuracy": tested.accuracy,
-            "batch_size": size,
-        }
+        info = {"config": to_dict(config), "classes": splits.classes, "batch_size": size}
+        if config.train.evaluate_test:
+            tested = evaluate(model, splits.test, size, config.device)
+            self.record.test_accuracy = info["test_accuracy"] = tested.accuracy
+            self.record.inference_images_per_s = tested.images_per_s
         self.record.checkpoint_bytes = save_checkpoint(model, self.out / CHECKPOINT, info).size_bytes
         self.record.status = "completed"
-
-    def _write_record(self) -> None:
-        record = self.record
-        record.peak_rss_bytes = peak_rss_bytes()
-        if record.peak_rss_bytes is not None and record.baseline_rss_bytes is not None:
-            record.peak_rss_bytes = max(record.peak_rss_bytes, record.baseline_rss_bytes)
-            record.peak_above_baseline_bytes = record.peak_rss_bytes - record.baseline_rss_bytes
-        record.duration_s = round(time.perf_counter() - self.began, 3)
-        write_text(self.out / RECORD, record.to_json())
-
-
-def _new_record(config: RunConfig, *, resumed: bool) -> RunRecord:
-    train = config.train
-    return RunRecord(
-        method=config.method,
-        model=config.model.name,
-        model_options=config.model.options,
-        model_checkpoint=config.model.checkpoint,
-        dataset=config.data.name,
-        image_size=config.data.image_size,
-        seed=train.seed,
-        optimizer=train.optimizer,
-        learning_rate=train.learning_rate,
-        batch_size=train.batch_size,
-        micro_batch=train.micro_batch or train.batch_size,
-        epochs=train.epochs,
-        explained_variance=config.thin.explained_variance,
-        resumed=resumed,
-        threads=torch.get_num_threads(),
-        device=config.device,
-        versions=provenance.versions(),
-        command=provenance.command(),
-        date=provenance.date(),
-        git_commit=provenance.git_commit(),
-        config=to_dict(config),
-    )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from thintune.bench.rows import RANK, Row
+from thintune.bench.cost.rows import RANK, Row
 from thintune.costs import vit
 from thintune.nn import SubspaceLinear, ThinLinear
 
@@ -57,7 +57,14 @@ def predicted_peak_bytes(
         )
     if row.method == "thin":
         width = next(m.basis.shape[1] for m in model.modules() if isinstance(m, SubspaceLinear))
-        return vit.thin_peak_bytes(shape, piece, _ranks(model), width, factor_dtype=row.factor_dtype)
+        return vit.thin_peak_bytes(
+            shape,
+            piece,
+            _ranks(model),
+            width,
+            factor_dtype=row.factor_dtype,
+            reuse_memory=row.reuse_memory,
+        )
     if row.method in ("wsi", "wasi"):
         return vit.factor_peak_bytes(shape, piece, _ranks(model), kept_inputs_bytes if row.method == "wasi" else None)
     return vit.dense_peak_bytes(

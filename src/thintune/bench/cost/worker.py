@@ -1,4 +1,4 @@
-"""What runs in the fresh process of a row: `python -m thintune.bench.worker ORDER.json RESULT.json`."""
+"""What runs in the fresh process of a row: `python -m thintune.bench.cost.worker ORDER.json RESULT.json`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from thintune.bench.accounting import paper_columns
-from thintune.bench.ours import Ours, conversion_config, data_config, run_config, thin_folder
-from thintune.bench.peers import Peer, import_galore
-from thintune.bench.prediction import predicted_peak_bytes
-from thintune.bench.rows import PEERS, Row, all_rows
-from thintune.bench.settings import CostSettings, settings_from_dict
+from thintune.bench.cost.accounting import paper_columns
+from thintune.bench.cost.ours import Ours, conversion_config, data_config, run_config, thin_folder
+from thintune.bench.cost.peers import Peer, import_galore
+from thintune.bench.cost.prediction import predicted_peak_bytes
+from thintune.bench.cost.rows import PEERS, Row, all_rows
+from thintune.bench.cost.settings import CostSettings, settings_from_dict
 from thintune.config import DataConfig, ModelConfig, RunConfig
 from thintune.data import Splits
 from thintune.io import read_document, save_checkpoint, write_tensors, write_text
 from thintune.measure import peak_rss_bytes, provenance, release_free_memory, reset_peak_rss, rss_bytes
+from thintune.ops import limit_kernels
 from thintune.train.lora import import_peft, merge_lora_
 from thintune.train.models import build_model
 from thintune.train.prepare import build, import_libraries, load_data
@@ -150,6 +151,7 @@ class _Order:
         release_free_memory()
         if row.method == "lora":
             merge_lora_(model)
+        limit_kernels(None)  # as in a process that serves: memory is no longer counted
         split = self._splits().train
         found["inference_images_per_s"] = {
             str(size): _inference_speed(model, split.images(torch.arange(size))) for size in INFERENCE_BATCHES

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thintune.bench.rows import RANK, Row
+from thintune.bench.cost.rows import RANK, Row
 from thintune.config import LoraConfig, ModelConfig
 from thintune.data import Splits, micro_batches
 from thintune.errors import ConfigError

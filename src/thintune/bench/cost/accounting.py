@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thintune.bench.rows import RANK, Row
+from thintune.bench.cost.rows import RANK, Row
 from thintune.costs.paper import PaperLayer, paper_account
 from thintune.nn import CompressedLinear, FactorLinear, SubspaceLinear, ThinLinear
 from thintune.train.models import classifier_name

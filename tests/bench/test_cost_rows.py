@@ -2,7 +2,7 @@
 
 import pytest
 
-from thintune.bench.rows import all_rows, select_rows
+from thintune.bench.cost.rows import all_rows, select_rows
 from thintune.errors import ConfigError
 
 ROWS = {row.name: row for row in all_rows(128)}

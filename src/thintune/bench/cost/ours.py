@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from thintune.bench.peers import LEARNING_RATE, MOMENTUM, fill_head_
-from thintune.bench.rows import Row
-from thintune.bench.settings import CostSettings
+from thintune.bench.cost.peers import LEARNING_RATE, MOMENTUM, fill_head_
+from thintune.bench.cost.rows import Row, reuses_memory
+from thintune.bench.cost.settings import CostSettings
 from thintune.config import DataConfig, Method, ModelConfig, RunConfig, ThinConfig, TrainConfig
 from thintune.data import Splits
 from thintune.optim import ThinStep, build_optimizer
@@ -17,8 +17,6 @@ from thintune.train.prepare import build
 
 CALIBRATION_IMAGES = 32
 """Enough for a conversion of random weights: what a row takes does not depend on their values."""
-LEAST_MEMORY = 2
-"""Micro-batches up to this one ask for the least memory, larger ones for speed."""
 
 
 class Ours:
@@ -87,7 +85,7 @@ def _train_config(settings: CostSettings, micro_batch: int | None) -> TrainConfi
         warmup_fraction=0.0,
         clip_norm=None,
         layerwise_update=True,
-        reuse_memory=micro_batch is None or micro_batch > LEAST_MEMORY,
+        reuse_memory=reuses_memory(micro_batch),
         seed=settings.seed,
     )
 

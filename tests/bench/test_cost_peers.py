@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from thintune.bench.ours import data_config
-from thintune.bench.peers import LEARNING_RATE, MOMENTUM, Peer, fill_head_
-from thintune.bench.rows import all_rows
-from thintune.bench.settings import CostSettings
+from thintune.bench.cost.ours import data_config
+from thintune.bench.cost.peers import LEARNING_RATE, MOMENTUM, Peer, fill_head_
+from thintune.bench.cost.rows import all_rows
+from thintune.bench.cost.settings import CostSettings
 from thintune.config import ModelConfig
 from thintune.io import write_tensors
 from thintune.train.models import build_model

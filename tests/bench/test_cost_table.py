@@ -2,10 +2,10 @@
 
 import pytest
 
-from thintune.bench.cost import seconds_left
-from thintune.bench.rows import all_rows
-from thintune.bench.settings import CostSettings, settings_from_dict, settings_to_dict
-from thintune.bench.table import HEADINGS, cost_table, table_cells, to_markdown
+from thintune.bench.cost.bench import seconds_left
+from thintune.bench.cost.rows import all_rows
+from thintune.bench.cost.settings import CostSettings, settings_from_dict, settings_to_dict
+from thintune.bench.cost.table import HEADINGS, cost_table, table_cells, to_markdown
 from thintune.errors import ConfigError
 
 ROWS = {row.name: row for row in all_rows(128)}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from thintune.errors import ConfigError, nearest
+from thintune.bench.shared import matching
 
 RowMethod = Literal["dense", "lora", "galore", "asi", "wsi", "wasi", "thin"]
 Update = Literal["after", "in_backward", "in_momentum"]
@@ -17,6 +16,7 @@ RANK = 16
 """Of LoRA's adapters and of GaLore's gradients."""
 PUBLISHED_KEPT = 0.64
 """Share of the weights that explained variance 0.8 keeps of a DINOv2 ViT-S/14: random weights have no decay to cut."""
+_LEAST_MEMORY = 2
 _MICRO_BATCHES = (16, 4, 1)
 _THIN_MICRO_BATCHES = (16, 4, 2, 1)
 
@@ -53,6 +53,11 @@ class Row:
         return self.update == "in_backward"
 
     @property
+    def reuse_memory(self) -> bool:
+        """`train.reuse_memory` of thintune's rows."""
+        return reuses_memory(self.micro_batch)
+
+    @property
     def exact_accumulation(self) -> bool:
         """Whether the step is that of the whole batch, whatever the micro-batch."""
         return not (self.method == "dense" and self.optimizer_in_backward and self.micro_batch is not None)
@@ -66,6 +71,11 @@ class Row:
         if reasons:
             return f"no: {'; '.join(reasons)}"
         return {"lora": "yes, of the adapters", "wsi": "yes, of the factors"}.get(self.method, "yes")
+
+
+def reuses_memory(micro_batch: int | None) -> bool:
+    """Up to two images at a time a row asks for the least memory, with more for speed."""
+    return micro_batch is None or micro_batch > _LEAST_MEMORY
 
 
 _INEXACT = {
@@ -93,14 +103,8 @@ def select_rows(patterns: str, batch_size: int) -> list[Row]:
         ConfigError: a pattern that matches no row.
     """
     rows = all_rows(batch_size)
-    names = [row.name for row in rows]
-    wanted = [word.strip() for word in patterns.split(",") if word.strip()]
-    for word in wanted:
-        if not fnmatch.filter(names, word):
-            raise ConfigError(f"rows: no row is named {word!r}; --list prints them.{nearest(word, names)}")
-    if not wanted:
-        raise ConfigError("rows: expected the name of a row or a shell pattern, got nothing.")
-    return [row for row in rows if any(fnmatch.fnmatchcase(row.name, word) for word in wanted)]
+    found = matching(patterns, [row.name for row in rows])
+    return [row for row in rows if row.name in found]
 
 
 def _piece(micro_batch: int | None) -> str:

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from thintune.bench.cost.rows import Row, select_rows
+from thintune.bench.cost.settings import CostSettings, parse_limit, settings_to_dict
+from thintune.bench.cost.table import cost_table, to_markdown
 from thintune.bench.limits import LimitNotPermittedError, MemoryGroup, why_not_permitted
 from thintune.bench.process import Outcome, forget_file_pages, run_worker
-from thintune.bench.rows import Row, select_rows
-from thintune.bench.settings import CostSettings, parse_limit, settings_to_dict
-from thintune.bench.table import cost_table, to_markdown
-from thintune.errors import ConfigError, ThintuneError
+from thintune.bench.shared import keep_settings
+from thintune.errors import ThintuneError
 from thintune.io import prepare_directory, read_document, write_text
 from thintune.measure import provenance
 
@@ -70,7 +71,7 @@ class _CostBench:
 
     def run(self) -> dict[str, Any]:
         prepare_directory(self.out / "cells")
-        self._check_settings()
+        keep_settings(self.out, settings_to_dict(self.settings), _MAY_CHANGE)
         if self.settings.limit is not None:
             self.not_limited = why_not_permitted()
             if self.not_limited is not None:
@@ -98,16 +99,6 @@ class _CostBench:
             start = number % len(self.rows)
             turns += [(row, number) for row in self.rows[start:] + self.rows[:start]]
         return turns
-
-    def _check_settings(self) -> None:
-        path, mine = self.out / "bench.json", settings_to_dict(self.settings)
-        if path.exists():
-            theirs = read_document(path)
-            changed = [k for k in mine if k not in _MAY_CHANGE and mine[k] != theirs.get(k)]
-            if changed:
-                said = "; ".join(f"{k} is {theirs.get(k)}, not {mine[k]}" for k in changed)
-                raise ConfigError(f"{self.out}: holds a bench of other settings: {said}; use another --out.")
-        write_text(path, json.dumps(mine, indent=2) + "\n")
 
     def _path(self, row: Row, number: int) -> Path:
         return self.out / "cells" / f"{row.name}.{number}.json"
