@@ -98,8 +98,8 @@ def run_command(words: list[str], timeout_s: float | None = None) -> CommandOutc
 
 def _run(words: list[str], errors: int, timeout_s: float | None, output: int | None = None) -> int | None:
     """Exit code, or None where the time was over; the process is gone in any case."""
-    streams = {"stdin": subprocess.DEVNULL, "stdout": errors if output is None else output, "stderr": errors}
-    process = subprocess.Popen(words, **streams)
+    printed = errors if output is None else output
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=printed, stderr=errors)
     try:
         return process.wait(timeout_s)
     except subprocess.TimeoutExpired:

@@ -30,7 +30,7 @@ class CostDisplay(Protocol):
     def say(self, text: str) -> None:
         """One line."""
 
-    def start(self, cells: int, done: int) -> None:
+    def start(self, total: int, done: int) -> None:
         """The rows begin."""
 
     def begin(self, name: str) -> None:

@@ -60,6 +60,7 @@ def frontiers(rows: Sequence[Row]) -> str:
     """Test accuracy against memory, time, kept weights and FLOPs; bars are a standard deviation over seeds."""
     plt = pyplot()
     figure, panels = plt.subplots(2, 2, figsize=(11, 8.5))
+    points: list[Row] = []
     for axes, (field, (label, unit)) in zip(panels.flat, AXES.items(), strict=True):
         known: set[str] = set()
         points = [row for row in rows if row["test_accuracy"] and row[field] is not None]
