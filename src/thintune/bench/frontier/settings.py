@@ -33,9 +33,7 @@ class FrontierSettings:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Which model is trained."""
-    data: DataConfig = field(
-        default_factory=lambda: DataConfig(name="fashion-mnist", image_size=56, train_limit=4096, val_limit=1000)
-    )
+    data: DataConfig = field(default_factory=DataConfig)
     """Which images are read and how they are split."""
     preset: Preset = "short"
     """short: AdamW, 3 epochs, rates tuned on the validation split; paper: arXiv 2510.09160, SGD 0.05, 50 epochs."""
