@@ -58,6 +58,12 @@ class ThinConfig:
     """`thin`: optimizer steps between two refreshes of the activation bases."""
     calibration_images: int = 256
     """Unlabelled training images of the calibration pass."""
+    rank_allocation: Literal["variance", "sensitivity"] = "variance"
+    """`thin` under kept: ranks of one explained variance, or of the least summed loss of the model's features."""
+    output_weighting: Literal["none", "gradient"] = "none"
+    """`thin`: gradient cuts factors in the norm of what each output feature is worth to the model's features."""
+    reconstruction_steps: int = 0
+    """`thin`: Adam steps that bring each converted block back to the output of the dense one, without labels."""
     update_scale: float = 1.0
     """`thin`: factor on every update of the thin layers; 1 keeps the dense learning rate."""
     factor_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -78,12 +84,10 @@ class ThinConfig:
             len(given) <= 1, f"thin: expected one of kept, explained_variance and rank, got {' and '.join(given)}."
         )
         _require(self.rank is None or self.rank >= 1, f"thin.rank: expected at least 1, got {self.rank}.")
-        _require(self.activation_rank >= 1, f"thin.activation_rank: expected at least 1, got {self.activation_rank}.")
-        _require(self.refresh_every >= 1, f"thin.refresh_every: expected at least 1, got {self.refresh_every}.")
-        _require(
-            self.calibration_images >= 1,
-            f"thin.calibration_images: expected at least 1, got {self.calibration_images}.",
-        )
+        at_least_one = ("activation_rank", "refresh_every", "calibration_images")
+        for name, least in (*((name, 1) for name in at_least_one), ("reconstruction_steps", 0)):
+            value = getattr(self, name)
+            _require(value >= least, f"thin.{name}: expected at least {least}, got {value}.")
         _require(self.update_scale > 0, f"thin.update_scale: expected more than 0, got {self.update_scale}.")
         _require(
             self.activation_budget_bytes is None or self.activation_budget_bytes > 0,

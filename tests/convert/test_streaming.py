@@ -108,6 +108,35 @@ def test_a_streamed_conversion_is_that_of_the_model_in_memory(kind, config, resi
     assert_same(model, empty)
 
 
+ALL = {"rank_allocation": "sensitivity", "output_weighting": "gradient", "reconstruction_steps": 4}
+
+
+@pytest.mark.parametrize("resident", [weights._RESIDENT_BYTES, 1])
+@pytest.mark.parametrize("kind", ["blocks", "stages"])
+def test_with_all_that_looks_at_the_dense_model_too(kind, resident, make, inputs, monkeypatch):
+    monkeypatch.setattr(weights, "_RESIDENT_BYTES", resident)
+    config = tt.ThinConfig(kept=0.5, activation_rank=6, include_modules=[kind], **ALL)
+    model = make(depth=3) if kind == "blocks" else Stages()
+    batches = [inputs(40), inputs(25)]
+    empty, source = skeleton(model), Source(model)
+    expected = tt.convert_(model, config, calibration=batches)
+    assert tt.convert_(empty, config, calibration=batches, source=source) == expected
+    assert_same(model, empty)
+
+
+def test_worths_and_reconstruction_hold_one_block_of_dense_weights(make, inputs, monkeypatch):
+    net = make(depth=5)
+    empty, source, seen = skeleton(net), Source(net), []
+    for block in empty.blocks:
+        block.norm.register_forward_hook(lambda *_: seen.append(source.alive()))
+        block.register_forward_hook(lambda *_: seen.append(source.alive()))
+    monkeypatch.setattr(weights, "_RESIDENT_BYTES", 3 * 24 * 40 * 8)
+    tt.convert_(
+        empty, tt.ThinConfig(kept=0.5, exclude_modules=["head"], **ALL), calibration=[inputs(40)], source=source
+    )
+    assert max(seen) == 2 and source.alive() == 0
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=["kept", "explained", "rank"])
 def test_a_chain_gives_what_passes_of_the_whole_model_give(config, make, inputs, monkeypatch):
     for build in (lambda: make(depth=3), Stages):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,20 @@ from torch import Tensor, nn
 from thintune.config import ThinConfig
 from thintune.convert.calibration import Moments, rows_seen
 from thintune.convert.ranks import choose_ranks
+from thintune.convert.reconstruction import reconstruct_
 from thintune.convert.selection import put_
+from thintune.convert.sensitivity import output_worths
 from thintune.convert.walk import Walk
 from thintune.convert.weights import DenseLayers
 from thintune.errors import ConversionError
-from thintune.linalg import data_aware_factors, input_basis, output_spectrum
+from thintune.linalg import (
+    data_aware_factors,
+    input_basis,
+    output_spectrum,
+    weighted_factors,
+    weighted_spectrum,
+    worth_root,
+)
 from thintune.nn import SubspaceLinear
 
 UNSEEN = 1e-6
@@ -42,6 +52,12 @@ def convert_data_aware(model: nn.Module, dense: DenseLayers, config: ThinConfig,
         ConversionError: before anything is changed, for ranks that cannot be had.
     """
     walk = Walk(model, dense, batches)
+    if config.reconstruction_steps and not walk.chains:
+        raise ConversionError(
+            "thin.reconstruction_steps: expected blocks that run one after another, each on what the one before "
+            f"returned, found none; got {config.reconstruction_steps}, set it to 0."
+        )
+    roots = _worth_roots(model, dense, config, batches, walk)
     rows: dict[str, int] = {}
 
     def spectra() -> dict[str, Tensor]:
@@ -51,7 +67,7 @@ def convert_data_aware(model: nn.Module, dense: DenseLayers, config: ThinConfig,
             layer = dense.layers[name]
             covariance, ridge = _spread_(seen, seen.outer.div_(seen.count), layer.bias is not None)
             with dense.resident([name]):
-                found[name] = output_spectrum(layer.weight, covariance, ridge)
+                found[name] = _spectrum(layer.weight, covariance, ridge, roots.get(name), config)
             del layer, seen, covariance  # the next pass needs the room
         return found
 
@@ -60,10 +76,11 @@ def convert_data_aware(model: nn.Module, dense: DenseLayers, config: ThinConfig,
         with dense.resident():
             rows = rows_seen(model, dense.layers, batches)
     _check_rows(rows, dense.layers, ranks)
-    for name, seen in walk.moments([name for name in dense.layers if name in rows]):
+    amend_ = partial(reconstruct_, steps=config.reconstruction_steps) if config.reconstruction_steps else None
+    for name, seen in walk.moments([name for name in dense.layers if name in rows], amend_):
         with dense.resident([name]):
             layer = dense.layers[name]
-            new = _thin(layer, seen, ranks[name], config)
+            new = _thin(layer, seen, ranks[name], config, roots.get(name))
             del seen
             put_(model, layer, new)
             del layer
@@ -73,12 +90,35 @@ def convert_data_aware(model: nn.Module, dense: DenseLayers, config: ThinConfig,
     dense.keep_rest_()
 
 
-def _thin(layer: nn.Linear, seen: Moments, rank: int, config: ThinConfig) -> SubspaceLinear:
+def _worth_roots(
+    model: nn.Module, dense: DenseLayers, config: ThinConfig, batches: Sequence[Any], walk: Walk
+) -> dict[str, Tensor]:
+    """By layer the root of what its output features are worth, where the configuration asks for it."""
+    allocated = config.rank_allocation == "sensitivity" and config.kept is not None
+    if not allocated and config.output_weighting == "none":
+        return {}
+    worths = output_worths(model, dense, batches, walk.chains)
+    return {name: worth_root(worth) for name, worth in worths.items()}
+
+
+def _spectrum(weight: Tensor, covariance: Tensor, ridge: float, root: Tensor | None, config: ThinConfig) -> Tensor:
+    """What each direction of the output explains: of its variance, or of what the features lose with it."""
+    if root is None or config.rank_allocation == "variance":
+        return output_spectrum(weight, covariance, ridge)
+    if config.output_weighting == "none":
+        return output_spectrum(weight, covariance, ridge) * root.square().mean()
+    return weighted_spectrum(weight, covariance, root, ridge)
+
+
+def _thin(layer: nn.Linear, seen: Moments, rank: int, config: ThinConfig, root: Tensor | None) -> SubspaceLinear:
     """The layer that takes the place of a dense one; uses up the moments."""
     second = seen.outer.div_(seen.count)
     basis = input_basis(second, min(config.activation_rank, layer.in_features))
     covariance, ridge = _spread_(seen, second, layer.bias is not None)
-    left, right, shift = data_aware_factors(layer.weight, covariance, seen.mean, rank, ridge)
+    if root is None or config.output_weighting == "none":
+        left, right, shift = data_aware_factors(layer.weight, covariance, seen.mean, rank, ridge)
+    else:
+        left, right, shift = weighted_factors(layer.weight, covariance, seen.mean, rank, root, ridge)
     thin = SubspaceLinear(
         layer.in_features,
         layer.out_features,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from thintune.config import ThinConfig
 from thintune.errors import ConversionError
 from thintune.linalg import rank_for_explained_variance
+from thintune.planning.knapsack import Option, choose
+
+_MAX_POINTS = 8_000
+"""Partial plans of ranks held at once; with more of them, costs are rounded up by a little."""
 
 
 def break_even_rank(layer: nn.Linear) -> int:
@@ -49,13 +54,13 @@ def choose_ranks(
 
     Args:
         layers: by name.
-        spectra: gives the variances of each layer, descending; called only where ranks depend on them.
+        spectra: gives the variances of each layer, or its losses, descending; called only where ranks depend on them.
         config: exactly one of rank, kept and explained_variance is set.
         cap: never go above the break-even rank, and round up by `whole_vectors`.
 
     Returns:
         Rank by name. Under `kept` all layers share the one explained variance that brings the sum of their factors
-        closest to the asked share of their weights from below.
+        closest to the asked share of their weights from below, or ranks are those of the least summed loss within it.
 
     Raises:
         ConversionError: a rank above a layer's limit, or a share too small for rank 1.
@@ -65,6 +70,8 @@ def choose_ranks(
         return dict.fromkeys(layers, config.rank)
     limits = {n: break_even_rank(m) if cap else min(m.out_features, m.in_features) for n, m in layers.items()}
     variances = spectra()
+    if cap and config.kept is not None and config.rank_allocation == "sensitivity":
+        return _least_loss({name: layers[name] for name in variances}, variances, config.kept)
 
     def rank_at(name: str, share: float) -> int:
         found = rank_for_explained_variance(variances[name], share)
@@ -102,3 +109,37 @@ def _at_kept(
         middle = (low + high) / 2
         low, high = (middle, high) if cost(at(middle)) <= budget else (low, middle)
     return at(low)
+
+
+def _least_loss(layers: Mapping[str, nn.Linear], spectra: Mapping[str, Tensor], kept: float) -> dict[str, int]:
+    """Ranks of the least summed loss under a share of the weights, by the dynamic programme of `planning.knapsack`.
+
+    Offered are multiples of 16; of less, where that would leave little choice.
+
+    Args:
+        layers: by name.
+        spectra: (min(O, I),) by name, losses that may be summed over the layers.
+        kept: share of all weights.
+    """
+    budget = int(kept * sum(layers[name].in_features * layers[name].out_features for name in spectra))
+    sizes = {name: layers[name].in_features + layers[name].out_features for name in spectra}
+    limits = {name: break_even_rank(layers[name]) for name in spectra}
+
+    def offer(step: int) -> dict[str, list[int]]:
+        return {n: sorted({whole_vectors(k, limits[n]) for k in range(step, limits[n] + step, step)}) for n in spectra}
+
+    step = 16
+    while step > 1 and 2 * sum(offer(step)[n][0] * sizes[n] for n in spectra) > budget:
+        step //= 2
+    ranks = offer(step)
+    least = sum(ranks[n][0] * sizes[n] for n in spectra)
+    if least > budget:
+        raise ConversionError(
+            f"kept={kept}: rank 1 everywhere keeps {least / budget * kept:.4f} of the weights; ask for more."
+        )
+    options = []
+    for name, spectrum in spectra.items():
+        beyond = torch.cat([spectrum.flip(0).cumsum(0).flip(0), spectrum.new_zeros(1)]).tolist()
+        options.append([Option(rank * sizes[name], max(0.0, beyond[rank])) for rank in ranks[name]])
+    chosen = choose(options, budget, max_points=_MAX_POINTS)
+    return {name: ranks[name][index] for name, index in zip(spectra, chosen, strict=True)}

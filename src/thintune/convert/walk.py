@@ -103,6 +103,9 @@ def _same(one: tuple[Any, ...], other: tuple[Any, ...] | None) -> bool:
     )
 
 
+Amend = Callable[[nn.Module, Sequence[Call], Sequence[Tensor]], object]
+
+
 @dataclass
 class _Buffer:
     """What enters one block of a chain, batch by batch."""
@@ -111,6 +114,9 @@ class _Buffer:
     names: list[str]
     position: int = 0
     calls: list[Call] = field(default_factory=list)
+    dense: list[Call] = field(default_factory=list)
+    """The same on the path of the blocks before any was changed, up to `dense_position`, where that is wanted."""
+    dense_position: int = 0
 
 
 class Walk:
@@ -124,14 +130,20 @@ class Walk:
 
     def __init__(self, model: nn.Module, layers: DenseLayers, batches: Sequence[Any]) -> None:
         self._model, self._layers, self._batches = model, layers, batches
-        self._chains = chains(model, layers, batches[0])
-        self._parents = {name: parent for parent, names in self._chains.items() for name in names}
+        self.chains = chains(model, layers, batches[0])
+        """Names of the blocks by name of their container, where they run as a chain."""
+        self._parents = {name: parent for parent, names in self.chains.items() for name in names}
 
-    def moments(self, names: Sequence[str]) -> Iterator[tuple[str, Moments]]:
+    def moments(self, names: Sequence[str], amend_: Amend | None = None) -> Iterator[tuple[str, Moments]]:
         """Moments of the layers' inputs, in order, as the model is at that time.
 
         A layer may be replaced while it is at hand; the blocks after it see what it has become. Moments belong to the
         caller; a layer that is never called has none.
+
+        Args:
+            names: of the layers.
+            amend_: called with each block of a chain once its layers have been visited, with what enters it and with
+                what it returned before, fed by the blocks before it as they were. Takes a second buffer.
         """
         buffer: _Buffer | None = None
         plan = [list(block) for block in blocks({name: self._layers.layers[name] for name in names})]
@@ -147,9 +159,13 @@ class Walk:
                 buffer = self._enter(parent)
             while buffer.names[buffer.position] != key:
                 self._advance(buffer)
+            if amend_ is not None:
+                self._advance_dense(buffer)
             module = self._model.get_submodule(key)
             with self._layers.resident(self._inside(key)):
                 yield from self._of_group(module, block, buffer.calls, key)
+                if amend_ is not None:
+                    amend_(self._model.get_submodule(key), buffer.calls, [call.args[0] for call in buffer.dense])
             if self._layers.streams:
                 release_free_memory()
 
@@ -173,7 +189,7 @@ class Walk:
 
     def _enter(self, parent: str) -> _Buffer:
         """Runs the model up to a chain's first block and keeps what it is called with."""
-        buffer = _Buffer(parent, self._chains[parent])
+        buffer = _Buffer(parent, self.chains[parent])
 
         def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             buffer.calls.append(Call((args[0].detach().clone(), *args[1:]), kwargs))
@@ -193,13 +209,25 @@ class Walk:
 
     def _advance(self, buffer: _Buffer) -> None:
         """Replaces what enters the block at hand by what it returns."""
-        key = buffer.names[buffer.position]
+        self._move(buffer.names[buffer.position], buffer.calls)
+        buffer.position += 1
+
+    def _advance_dense(self, buffer: _Buffer) -> None:
+        """Moves the dense path on until it has passed the block at hand, whose layers are dense as yet."""
+        if not buffer.dense:
+            buffer.dense = [Call((call.args[0].clone(), *call.args[1:]), call.kwargs) for call in buffer.calls]
+            buffer.dense_position = buffer.position
+        for name in buffer.names[buffer.dense_position : buffer.position + 1]:
+            self._move(name, buffer.dense)
+        buffer.dense_position = buffer.position + 1
+
+    def _move(self, key: str, calls: Sequence[Call]) -> None:
+        """Replaces what the calls of a block begin with by what the block returns, in place where that is possible."""
         block = self._model.get_submodule(key)
         with self._layers.resident(self._inside(key)), evaluating(block):
-            for call in buffer.calls:
+            for call in calls:
                 before, output = call.args[0], block(*call.args, **call.kwargs)
                 if output.shape == before.shape and output.dtype == before.dtype:
                     before.copy_(output)
                 else:
                     call.args = (output, *call.args[1:])
-        buffer.position += 1

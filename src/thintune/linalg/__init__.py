@@ -26,6 +26,7 @@ from thintune.linalg.tucker import (
     st_hosvd,
     unfold,
 )
+from thintune.linalg.weighted import weighted_factors, weighted_spectrum, worth_root
 from thintune.linalg.whitened import whitened_factors
 
 __all__ = [
@@ -51,5 +52,8 @@ __all__ = [
     "warm_subspace_step",
     "warm_subspace_step_",
     "warm_subspace_step_reference",
+    "weighted_factors",
+    "weighted_spectrum",
     "whitened_factors",
+    "worth_root",
 ]
