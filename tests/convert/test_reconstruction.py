@@ -36,7 +36,7 @@ def test_a_block_comes_nearer_to_its_targets_and_stays_what_it_is(make, inputs):
     calls = [Call((each,), {}) for each in x]
     flags = {name: p.requires_grad for name, p in net.named_parameters()}
     kept = [each.clone() for each in x]
-    errors = reconstruct_(block, calls, targets, 300)
+    errors = reconstruct_(block, calls, targets, 100)
     mean = torch.cat(targets).mean((0, 1))
     spread = (torch.cat(targets) - mean).square().sum(-1).mean()
     net.train()
@@ -61,7 +61,7 @@ def test_later_blocks_are_brought_back_to_the_dense_path(make, inputs):
     expected = features(net, batch)
     plain, mended = copy.deepcopy(net), copy.deepcopy(net)
     tt.convert_(plain, config(), calibration=[batch])
-    report = tt.convert_(mended, config(reconstruction_steps=300), calibration=[batch])
+    report = tt.convert_(mended, config(reconstruction_steps=100), calibration=[batch])
     assert report.kept_weight_fraction <= 0.3
     lost = [(features(model, batch) - expected).square().sum() for model in (plain, mended)]
     assert lost[1] < 0.9 * lost[0]

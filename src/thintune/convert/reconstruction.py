@@ -19,8 +19,10 @@ from thintune.convert.calibration import Call, evaluating
 from thintune.linalg import orthonormalize
 from thintune.nn import SubspaceLinear
 
-LEARNING_RATE = 1e-3
-"""Of Adam, in units of each parameter's own root mean square: a step moves every value by about a thousandth."""
+LEARNING_RATE = 4e-3
+"""Of Adam, in units of each parameter's own root mean square."""
+_LEAST_SIZE = 4e-3
+"""Root mean square that parameters are taken to have at least, zeros among them."""
 _BETAS = (0.9, 0.99)
 STEP_ROWS = 1024
 """Rows (images x tokens) of a step; small batches are gathered until there are as many, one at a time in memory."""
@@ -115,7 +117,7 @@ def _train_(
 ) -> None:
     factors = {id(p) for m in block.modules() if isinstance(m, SubspaceLinear) for p in (m.left, m.right)}
     parameters = [p for p in block.parameters() if p.requires_grad and (p.ndim <= 1 or id(p) in factors)]
-    sizes = [LEARNING_RATE * max(float(p.detach().square().mean().sqrt()), LEARNING_RATE) for p in parameters]
+    sizes = [LEARNING_RATE * max(float(p.detach().square().mean().sqrt()), _LEAST_SIZE) for p in parameters]
     groups = [{"params": [p], "lr": size} for p, size in zip(parameters, sizes, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=_BETAS)
     order = _shuffled(len(calls), seed)
