@@ -76,18 +76,15 @@ class ThinConfig:
     """`thin`: lean keeps the normalised input in 8 bits (gradients to about 50 dB); exact keeps it whole."""
 
     def __post_init__(self) -> None:
-        _require_share("thin.kept", self.kept)
-        _require_share("thin.explained_variance", self.explained_variance)
-        _require_share("thin.activation_explained_variance", self.activation_explained_variance)
+        for name in ("kept", "explained_variance", "activation_explained_variance"):
+            _require_share(f"thin.{name}", getattr(self, name))
         given = [n for n in ("kept", "explained_variance", "rank") if getattr(self, n) is not None]
         _require(
             len(given) <= 1, f"thin: expected one of kept, explained_variance and rank, got {' and '.join(given)}."
         )
-        _require(self.rank is None or self.rank >= 1, f"thin.rank: expected at least 1, got {self.rank}.")
-        at_least_one = ("activation_rank", "refresh_every", "calibration_images")
-        for name, least in (*((name, 1) for name in at_least_one), ("reconstruction_steps", 0)):
-            value = getattr(self, name)
-            _require(value >= least, f"thin.{name}: expected at least {least}, got {value}.")
+        for name in ("rank", "activation_rank", "refresh_every", "calibration_images", "reconstruction_steps"):
+            value, least = getattr(self, name), int(name != "reconstruction_steps")
+            _require(value is None or value >= least, f"thin.{name}: expected at least {least}, got {value}.")
         _require(self.update_scale > 0, f"thin.update_scale: expected more than 0, got {self.update_scale}.")
         _require(
             self.activation_budget_bytes is None or self.activation_budget_bytes > 0,
