@@ -42,7 +42,7 @@ def convert_(
     """Makes the linear layers of a model thin, in place.
 
     - `thin`: data-aware factors, found block by block on the already converted path; gradients in a subspace of each
-      layer's input.
+      layer's input. By `config` also ranks and factors by what the model's features lose, and reconstruction of blocks.
     - `wsi`, `wasi`: truncated SVD of each weight (arXiv 2510.09160), the input kept whole or as a Tucker form.
     - `svd_lora`: truncated SVD of each weight in the norm of its inputs (SVD-LLM, arXiv 2403.07378), frozen.
     - `asi`: the weight stays dense, the input is kept as a Tucker form (arXiv 2505.05086).
