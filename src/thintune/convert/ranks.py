@@ -129,7 +129,9 @@ def _least_loss(layers: Mapping[str, nn.Linear], spectra: Mapping[str, Tensor], 
         return {n: sorted({whole_vectors(k, limits[n]) for k in range(step, limits[n] + step, step)}) for n in spectra}
 
     step = 16
-    while step > 1 and 2 * sum(offer(step)[n][0] * sizes[n] for n in spectra) > budget:
+    while step > 1 and (
+        2 * sum(offer(step)[n][0] * sizes[n] for n in spectra) > budget or min(limits.values(), default=0) < 8 * step
+    ):
         step //= 2
     ranks = offer(step)
     least = sum(ranks[n][0] * sizes[n] for n in spectra)

@@ -141,6 +141,8 @@ def _hand_out(
 ) -> Tensor | None:
     """Gives `add` the gradients of all outputs; returns that of `start`."""
     wanted = [tensor for _, tensor in outputs] + ([] if start is None else [start])
+    if not wanted or not end.requires_grad:
+        return None
     found = torch.autograd.grad(end, wanted, gradient, allow_unused=True)
     for (name, _), each in zip(outputs, found, strict=False):
         add(name, each)
