@@ -118,6 +118,21 @@ def _published() -> Iterator[FrontierRow]:
         yield FrontierRow(f"wasi-{share}", "wasi", thin=both)
 
 
+_BEST: dict[str, Any] = {"rank_allocation": "sensitivity", "output_weighting": "gradient"}
+"""What docs/decisions/009 recommends where accuracy comes first."""
+_ABLATIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "allocation": {"rank_allocation": "sensitivity"},
+    "weighting": {"output_weighting": "gradient"},
+    "reconstruction": {**_BEST, "reconstruction_steps": 60},
+    "r16": {**_BEST, "activation_rank": 16},
+    "r96": {**_BEST, "activation_rank": 96},
+}
+
+
 def _thin() -> Iterator[FrontierRow]:
     for kept in (0.6, 0.4, 0.25, 0.15):
-        yield FrontierRow(f"thin-{kept}", "thin", thin={"kept": kept})
+        yield FrontierRow(f"thin-{kept}", "thin", thin={"kept": kept, **_BEST})
+    for kept in (0.4, 0.25):
+        for name, options in _ABLATIONS.items():
+            yield FrontierRow(f"thin-{kept}-{name}", "thin", thin={"kept": kept, **options})
