@@ -23,7 +23,7 @@ def test_rows_are_listed_with_their_rates(thintune):
     code, output, err = thintune("bench", "frontier", "--list", "--rows", "dense,wasi-0.[89]")
     assert code == 0 and err == ""
     assert output.splitlines() == [
-        f"{name:14} learning rates: 1e-05, 3e-05, 0.0001" for name in ("dense", "wasi-0.8", "wasi-0.9")
+        f"{name:24} learning rates: 1e-05, 3e-05, 0.0001" for name in ("dense", "wasi-0.8", "wasi-0.9")
     ]
 
 

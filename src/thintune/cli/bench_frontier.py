@@ -27,7 +27,7 @@ def run(words: Sequence[str]) -> int:
     settings = frontier_from_dict({key: value for key, value in parsed.items() if key not in _OWN})
     if parsed["list"]:
         for row in select_rows(settings.rows):
-            print(f"{row.name:14} learning rates: {', '.join(f'{rate:g}' for rate in first_rates(row, settings))}")
+            print(f"{row.name:24} learning rates: {', '.join(f'{rate:g}' for rate in first_rates(row, settings))}")
         return 0
     if not parsed["out"]:
         raise ConfigError("--out: expected a folder, got none.")
