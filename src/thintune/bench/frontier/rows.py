@@ -127,6 +127,7 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "reconstruction": {**_BEST, "reconstruction_steps": 60},
     "r16": {**_BEST, "activation_rank": 16},
     "r96": {**_BEST, "activation_rank": 96},
+    "bf16": {**_BEST, "factor_dtype": "bfloat16"},
 }
 
 
