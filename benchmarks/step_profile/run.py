@@ -32,11 +32,24 @@ from thintune.train.prepare import load_data
 RESULT = Path(__file__).parent.parent / "results" / "step_profile.json"
 KINDS = {
     "products of linear layers": ("mm", "addmm", "addmm_", "mm_out", "_linear_pointwise", "linear", "matmul", "addmv"),
-    "products of attention": ("bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu",
-                              "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    "products of attention": (
+        "bmm",
+        "baddbmm",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
     "softmax": ("softmax", "_softmax", "_softmax_backward_data"),
-    "decompositions": ("linalg_cholesky_ex", "linalg_solve_triangular", "linalg_qr", "linalg_householder_product",
-                       "_linalg_solve_ex", "linalg_lu_factor_ex", "linalg_lu_solve", "geqrf", "linalg_eigh"),
+    "decompositions": (
+        "linalg_cholesky_ex",
+        "linalg_solve_triangular",
+        "linalg_qr",
+        "linalg_householder_product",
+        "_linalg_solve_ex",
+        "linalg_lu_factor_ex",
+        "linalg_lu_solve",
+        "geqrf",
+        "linalg_eigh",
+    ),
     "GELU": ("gelu", "gelu_", "gelu_backward"),
     "norms": ("native_layer_norm", "native_layer_norm_backward"),
     "convolution": ("mkldnn_convolution", "convolution_backward"),

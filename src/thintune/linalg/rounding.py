@@ -11,7 +11,7 @@ from thintune.linalg.orthonormal import orthonormalize
 from thintune.linalg.subspace import moved_gram, step_coefficients, upper_factor
 
 _CHUNK = 1 << 16
-_ROWS = 512
+_ROWS = 256
 """Rows of left and columns of right that are there in float32 at a time."""
 _Turn = Callable[[slice, Tensor], Tensor]
 _LARGEST_SKEW = 0.1
@@ -70,8 +70,10 @@ def rounded_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Ten
         gram.addmm_(new.T, new)
         overlap.addmm_(new.T, old)
         moved.addmm_(new.T, step[rows])
-    overlap = torch.linalg.solve(gram.double(), overlap.double()).float().mul_(1 - decay)
-    moved = torch.linalg.solve(gram.double(), moved.double()).float()
+    both = torch.linalg.solve(gram.double(), torch.cat([overlap, moved], 1).double())
+    del gram
+    overlap, moved = both[:, : left.shape[1]].float().mul_(1 - decay), both[:, left.shape[1] :].float()
+    del both
     for columns in _slices(right.shape[1]):
         part = (overlap @ right[:, columns].float()).addmm_(moved, basis[columns].T)
         right[:, columns] = stochastic_round_(torch.empty_like(part, dtype=right.dtype), part)

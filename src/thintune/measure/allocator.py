@@ -40,15 +40,19 @@ def reuse_freed_blocks(below_bytes: int = 1 << 20) -> bool:
     return _fix(below_bytes, _LARGEST_THRESHOLD)
 
 
-def release_free_memory() -> bool:
+def release_free_memory(*, collect: bool = True) -> bool:
     """Hands memory that is free but kept by the allocator back to the operating system.
 
     Loading, calibration and the fit of a head leave the heap full of holes, which a later peak would stand on.
 
+    Args:
+        collect: look for unreachable objects first, which takes a while where there are many.
+
     Returns:
         Whether the C library can do so (glibc's malloc_trim).
     """
-    gc.collect()
+    if collect:
+        gc.collect()
     if not sys.platform.startswith("linux"):
         return False
     try:

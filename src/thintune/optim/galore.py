@@ -63,7 +63,7 @@ def project(projector: Any, gradient: Tensor, step: int) -> Tensor:
     before = projector.ortho_matrix
     low = projector.project(gradient, step)
     if projector.ortho_matrix is not before:
-        release_free_memory()  # what it worked in leaves holes in the heap, which the peak would stand on
+        release_free_memory(collect=False)  # what it worked in leaves holes in the heap, which the peak would stand on
     return low
 
 
