@@ -185,15 +185,15 @@ def _mode_products(shape: Sequence[int], new_sizes: Sequence[int], order: Sequen
 
 
 def fold_flops(in_features: int, out_features: int, rank: int, activation_rank: int) -> int:
-    """4 K^2 (I + O) + K r (4 I + 6 O + 8 K + 4 r) + 2 r^2 (I + O): one exact subspace iteration on L R + update U.T.
+    """4 K^2 (I + O) + 2 K^3 + K r (4 I + 6 O + 8 K + 4 r) + 2 r^2 (I + O): one subspace iteration on L R + update U.T.
 
     With a square left factor, K = O, only the coordinates move, 2 K r (O + I). The counts are those of
-    `thintune.linalg.warm_subspace_step_` where its columns are orthonormalised by Cholesky, twice.
+    `thintune.linalg.warm_subspace_step_` where one pass makes the columns orthonormal.
     """
     i, o, k, r = in_features, out_features, rank, activation_rank
     if k == o:
         return 2 * k * r * (o + i)
-    return 4 * k * k * (i + o) + k * r * (4 * i + 6 * o + 8 * k + 4 * r) + 2 * r * r * (i + o)
+    return 4 * k * k * (i + o) + 2 * k**3 + k * r * (4 * i + 6 * o + 8 * k + 4 * r) + 2 * r * r * (i + o)
 
 
 # Bytes kept by the lean branches of a transformer block.

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from thintune.linalg.orthonormal import orthonormalize
 
+_SKEW = 0.5
+"""Largest departure from the identity of a gram matrix, whose condition is then at most 3, that one pass makes good."""
+
 
 def subspace_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """One step of subspace iteration from a warm basis (WSI, arXiv 2510.09160).
@@ -53,7 +56,8 @@ def warm_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Tensor
 
     so that left' turns as little as it must and quantities stored in the old basis stay meaningful. T is a triangular
     factor of the gram matrix, which along with left'.T left = T^-T (left.T left + C.T step.T left) needs no second
-    (O, K) matrix; scratch is a few K^2 in float64 and a chunk of either factor.
+    (O, K) matrix; scratch is a few K^2 in float64 and a chunk of either factor. Since the gram matrix of left is
+    taken anew every time, rounding does not add up over steps.
 
     Args:
         left: (O, K), orthonormal columns; overwritten.
@@ -72,11 +76,12 @@ def warm_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Tensor
         _far_step_(left, right, step, basis, coefficients)
         return
     left.addmm_(step, coefficients)
-    overlap.addmm_(coefficients.T, shared)
-    overlap = _solve_(left, upper, overlap)
-    upper = upper_factor((left.T @ left).double())  # a second time, for what rounding left of the first
-    assert upper is not None
-    overlap = _solve_(left, upper, overlap)
+    overlap = _solve_(left, upper, overlap.addmm_(coefficients.T, shared))
+    gram.diagonal().sub_(1)
+    if float(gram.norm()) > _SKEW:  # rounding grows by the condition of the gram matrix: a second time
+        upper = upper_factor((left.T @ left).double())
+        assert upper is not None
+        overlap = _solve_(left, upper, overlap)
     _set_right_(right, overlap, left.T @ step, basis)
 
 
@@ -128,10 +133,11 @@ def upper_factor(gram: Tensor) -> Tensor | None:
 
 def _solve_(matrix: Tensor, upper: Tensor, overlap: Tensor, rows: int = 512) -> Tensor:
     """Matrix <- matrix T^-1, some rows at a time; returns T^-T overlap."""
-    upper = upper.to(matrix.dtype)
+    unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    inverse = torch.linalg.solve_triangular(upper, unit, upper=True).to(matrix.dtype)
     for part in matrix.split(rows):
-        part.copy_(torch.linalg.solve_triangular(upper, part, upper=True, left=False))
-    return torch.linalg.solve_triangular(upper.T, overlap, upper=False)
+        part.copy_(part @ inverse)
+    return inverse.T @ overlap
 
 
 def _solve_right(numerator: Tensor, gram: Tensor) -> Tensor:

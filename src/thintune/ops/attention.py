@@ -1,14 +1,17 @@
-"""Softmax attention of all heads from packed rows q, k, v, image by image, without autograd.
+"""Softmax attention of all heads from packed rows q, k, v, without autograd.
 
-The backward pass forms the scores anew and then needs four products; nothing but the packed rows goes in. Where the
-scores of all heads would be large, a few heads go at a time.
+The backward pass forms the scores anew and then needs four products; nothing but the packed rows goes in. The work is
+cut where batched products can read it in place: into images with some of their heads each, or, where images are many
+and short, into heads with some of the images each.
 
-Legend: N tokens, D width, one image at a time.
+Legend: B images, N tokens, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from torch import Tensor
 from thintune.ops.workspace import workspace
 
 MOST_SCORES = 1 << 18
-"""Scores of an image that are worked on at once, if it has more than one head."""
+"""Scores that are worked on at once, unless one head of one image has more."""
 
 
 def attention_into(out: Tensor, packed: Tensor, tokens: int, heads: int, scale: float) -> None:
@@ -29,11 +32,8 @@ def attention_into(out: Tensor, packed: Tensor, tokens: int, heads: int, scale: 
         heads: that divide D.
         scale: factor on q k.T.
     """
-    for image, rows in zip(packed.split(tokens), out.split(tokens), strict=True):
-        whole = rows.view(tokens, heads, -1)
-        for part, q, k, v in _heads(image, heads):
-            mixed = torch.bmm(_shares(q, k, scale), v, out=_like("values", q, v))
-            whole[:, part].copy_(mixed.transpose(0, 1))
+    for rows, q, k, v in _pieces(packed, out, tokens, heads):
+        rows.copy_(torch.bmm(_shares(q, k, scale), v, out=_like("values", q, v)))
 
 
 def attention_gradients_(packed: Tensor, grad: Tensor, tokens: int, heads: int, scale: float) -> None:
@@ -46,36 +46,40 @@ def attention_gradients_(packed: Tensor, grad: Tensor, tokens: int, heads: int, 
         heads: that divide D.
         scale: factor on q k.T.
     """
-    for image, above in zip(packed.split(tokens), grad.split(tokens), strict=True):
-        whole = above.view(tokens, heads, -1)
-        for part, q, k, v in _heads(image, heads):
-            g = whole[:, part].transpose(0, 1)
-            shares = _shares(q, k, scale)
-            inner = torch.bmm(g, v.transpose(1, 2), out=_like("score gradients", q, shares))
-            v.copy_(torch.bmm(shares.transpose(1, 2), g, out=_like("values", v, v)))
-            torch.ops.aten._softmax_backward_data.out(inner, shares, -1, shares.dtype, grad_input=inner)
-            of_q = torch.bmm(inner, k, out=_like("values", q, k))
-            k.copy_(torch.bmm(inner.transpose(1, 2), q, out=_like("keys", k, q)).mul_(scale))
-            q.copy_(of_q.mul_(scale))
+    for g, q, k, v in _pieces(packed, grad, tokens, heads):
+        shares = _shares(q, k, scale)
+        inner = torch.bmm(g, v.transpose(1, 2), out=_like("score gradients", q, shares))
+        v.copy_(torch.bmm(shares.transpose(1, 2), g, out=_like("values", v, v)))
+        torch.ops.aten._softmax_backward_data.out(inner, shares, -1, shares.dtype, grad_input=inner)
+        of_q = torch.bmm(inner, k, out=_like("values", q, k))
+        k.copy_(torch.bmm(inner.transpose(1, 2), q, out=_like("keys", k, q)).mul_(scale))
+        q.copy_(of_q.mul_(scale))
 
 
-def _heads(image: Tensor, heads: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Some heads of (N, 3 D) at a time: which, and views q, k, v (heads, N, D / heads)."""
-    packed = image.view(len(image), 3, heads, -1).permute(1, 2, 0, 3)
-    size = max(1, MOST_SCORES // len(image) ** 2)
-    for at in range(0, heads, size):
-        part = slice(at, at + size)
-        q, k, v = packed[:, part].unbind(0)
-        yield part, q, k, v
+def _pieces(packed: Tensor, rows: Tensor, tokens: int, heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Views (P, N, D / heads) of the rows (B N, D) and of their q, k, v, together all heads of all images."""
+    images = len(packed) // tokens
+    size = max(1, MOST_SCORES // tokens**2)
+    inputs, results = packed.view(images, tokens, 3, heads, -1), rows.view(images, tokens, heads, -1)
+    if heads * ceil(images / size) < images * ceil(heads / size):
+        for part, head in product(_parts(images, size), range(heads)):
+            yield results[part, :, head], *inputs[part, :, :, head].unbind(2)
+    else:
+        for image, part in product(range(images), _parts(heads, size)):
+            yield results[image, :, part].transpose(0, 1), *inputs[image, :, :, part].permute(1, 2, 0, 3).unbind(0)
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(at, at + size) for at in range(0, count, size)]
 
 
 def _shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Softmax(scale q k.T) (heads, N, N), valid until the next call."""
+    """Softmax(scale q k.T) (P, N, N), valid until the next call."""
     scores = workspace.take("scores", (q.shape[0], q.shape[1], k.shape[1]), q)
     torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
     return torch.softmax(scores, -1, out=scores)
 
 
 def _like(name: str, rows: Tensor, columns: Tensor) -> Tensor:
-    """(heads, rows, columns), valid until the name is taken again."""
+    """(P, rows, columns), valid until the name is taken again."""
     return workspace.take(name, (rows.shape[0], rows.shape[1], columns.shape[2]), rows)
