@@ -19,7 +19,8 @@ def head_features(model: nn.Module, head: nn.Module, split: Split, batch_size: i
         (n, D) with n at most 8192.
     """
     found: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].detach()))
+    # a copy: the class token is a view, which would keep what all tokens left
+    handle = head.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].detach().clone()))
     model.eval()
     try:
         count = min(len(split), _IMAGES)

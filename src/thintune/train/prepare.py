@@ -65,10 +65,10 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
     Returns:
         The model, and what the conversion did, or None for a method that converts nothing.
     """
-    if config.train.layerwise_update:
+    layerwise = config.train.layerwise_update
+    if layerwise:
         return_freed_blocks()
-        if not config.train.reuse_memory:
-            limit_kernels(0)
+    limit_kernels(None if layerwise and config.train.reuse_memory else 0)
     torch.manual_seed(config.train.seed)
     folder = thin_folder(config)
     if folder is not None:
