@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thintune.config import DataConfig, ModelConfig, RunConfig, ThinConfig
+from thintune.config import DataConfig, ModelConfig, RunConfig, ThinConfig, TrainConfig
 from thintune.convert import ConversionReport, convert_, make_trainable_
 from thintune.convert.dense_to_thin import CONVERTIBLE
 from thintune.convert.selection import matches, select
@@ -65,10 +65,7 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
     Returns:
         The model, and what the conversion did, or None for a method that converts nothing.
     """
-    layerwise = config.train.layerwise_update
-    if layerwise:
-        return_freed_blocks()
-    limit_kernels(None if layerwise and config.train.reuse_memory else 0)
+    _set_memory_policy(config.train)
     torch.manual_seed(config.train.seed)
     folder = thin_folder(config)
     if folder is not None:
@@ -93,6 +90,13 @@ def build(config: RunConfig, splits: Splits) -> tuple[nn.Module, ConversionRepor
     report = convert_(model, thin, method=config.method, calibration=batches, activation_ranks=ranks, source=source)
     prepare_(model, config, head)
     return model, count_adapters(report, model)
+
+
+def _set_memory_policy(config: TrainConfig) -> None:
+    """What holds for the whole process; a run that is taken up needs the same for the same bits."""
+    if config.layerwise_update:
+        return_freed_blocks()
+    limit_kernels(None if config.layerwise_update and config.reuse_memory else 0)
 
 
 def without_head(thin: ThinConfig, head: str) -> ThinConfig:
@@ -135,6 +139,7 @@ def calibration_batches(config: RunConfig, split: Split) -> CalibrationImages:
 
 def rebuild(config: RunConfig, classes: int, layers: dict[str, dict[str, Any]]) -> nn.Module:
     """The model of an interrupted run, its parameters without values (on the meta device): the saved state has them."""
+    _set_memory_policy(config.train)
     source = dataclasses.replace(config.model, checkpoint=None, pretrained=False)
     model = build_model(source, classes, config.data.image_size, empty=True)
     rebuild_(model, layers)
