@@ -45,6 +45,9 @@ def test_a_frontier_leaves_cells_a_table_and_a_page_and_is_taken_up(bench, tmp_p
     assert [row["name"] for row in document["rows"]] == ["head", "thin-0.6"]
     assert len((out / "frontier.csv").read_text().splitlines()) == 3
     assert (out / "report.html").read_text().count("<svg") == 4
+    assert bench("--rows", "head", "--seeds", "1")[0] == 0  # nothing to run; rows of other calls stay in the report
+    document = json.loads((out / "frontier.json").read_text())
+    assert [row["name"] for row in document["rows"]] == ["head", "thin-0.6"]
     code, _, err = bench("--rows", "head", "--epochs", "2")
     assert code == 2 and "holds a bench of other settings: epochs is 1, not 2" in err
 

@@ -191,6 +191,8 @@ def test_eval_refuses_what_is_no_checkpoint(thintune, tmp_path):
     for path in (tmp_path, tmp_path / "nothing"):
         code, _, err = thintune("eval", path)
         assert code == 2 and err.startswith("thintune: error: ") and err.count("\n") == 1
+    code, _, err = thintune("eval", tmp_path, "--threads", "0")
+    assert code == 2 and err == "thintune: error: --threads: expected at least 1, got 0.\n"
 
 
 def test_help_names_every_setting_and_explains_it(thintune):

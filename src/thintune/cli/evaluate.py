@@ -16,9 +16,8 @@ def run(words: Sequence[str]) -> int:
     from thintune.train.reload import evaluate_checkpoint
 
     changes = {"root": parsed["data.root"], "test_limit": parsed["data.test_limit"]}
-    result = evaluate_checkpoint(
-        Path(parsed["checkpoint"]), parsed["device"], {k: v for k, v in changes.items() if v is not None}
-    )
+    changes = {key: value for key, value in changes.items() if value is not None}
+    result = evaluate_checkpoint(Path(parsed["checkpoint"]), parsed["device"], changes, parsed["threads"])
     if parsed["json"]:
         print(json.dumps(dataclasses.asdict(result)))
     else:

@@ -143,6 +143,7 @@ def eval_parser() -> Parser:
     parser = Parser(prog="thintune eval", description=EVAL_HELP, allow_abbrev=False)
     parser.add_argument("checkpoint", type=str, help="Checkpoint folder: OUT/checkpoint of a run, or OUT itself.")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda.")
+    parser.add_argument("--threads", type=int, default=None, help="Threads of torch; by default what torch chooses.")
     parser.add_argument("--json", action="store_true", help="Print one line of JSON instead of text.")
     parser.add_argument("--data.root", type=str, default=None, help="The data's folder, where it has moved.")
     parser.add_argument("--data.test_limit", type=int, default=None, help="Use this many test images.")

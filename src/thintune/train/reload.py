@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from thintune.config import RunConfig, from_dict
-from thintune.errors import CheckpointError
+from thintune.errors import CheckpointError, ConfigError
 from thintune.io import Checkpoint, find_checkpoint, load_checkpoint_
 from thintune.train.evaluate import evaluate
 from thintune.train.models import build_model
@@ -45,15 +46,26 @@ def reload(checkpoint: Checkpoint) -> tuple[nn.Module, RunConfig]:
     return model.eval(), config
 
 
-def evaluate_checkpoint(path: Path, device: str, changes: Mapping[str, Any]) -> CheckpointResult:
+def evaluate_checkpoint(
+    path: Path, device: str, changes: Mapping[str, Any], threads: int | None = None
+) -> CheckpointResult:
     """Measures a checkpoint on the test split of its run.
 
     Args:
         path: checkpoint folder or run folder.
         device: cpu or cuda.
         changes: fields of the data configuration to replace.
+        threads: of torch, in this process from here on; None leaves them as they are.
+
+    Raises:
+        ConfigError: a device that is not there, or threads below 1.
+        CheckpointError: no checkpoint of a run.
     """
     check_device(device)
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"--threads: expected at least 1, got {threads}.")
+        torch.set_num_threads(threads)
     checkpoint = find_checkpoint(path)
     model, config = reload(checkpoint)
     data = dataclasses.replace(config.data, **changes)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from thintune.bench.frontier.plots import pyplot
 from thintune.bench.frontier.report import to_html
-from thintune.bench.frontier.rows import FrontierRow, select_rows
+from thintune.bench.frontier.rows import FrontierRow, all_rows, select_rows
 from thintune.bench.frontier.settings import FrontierSettings, frontier_to_dict
 from thintune.bench.frontier.sweep import Task, next_task, sweep, trainings_left
 from thintune.bench.frontier.table import frontier_table, to_csv
@@ -163,6 +163,7 @@ class _FrontierBench:
         """The one look at the test split, by a process that only reads the checkpoint."""
         cell = dict(self.cells[task.row.name][task.rate, task.seed])
         words = [sys.executable, "-m", "thintune", "eval", str(self._run_folder(task)), "--json"]
+        words += [] if self.settings.threads is None else ["--threads", str(self.settings.threads)]
         outcome = run_command(words, self.settings.timeout_s)
         if outcome.interrupted:
             raise KeyboardInterrupt
@@ -214,7 +215,10 @@ class _FrontierBench:
         return sum(count * statistics.median(times[name] or every) for name, count in self._remaining().items())
 
     def _write(self) -> dict[str, Any]:
-        document = frontier_table(self.rows, self.cells, self.settings)
+        asked = {row.name for row in self.rows}
+        others = {row.name: dict(self._read(row)) for row in all_rows() if row.name not in asked}  # of earlier calls
+        cells = {name: found for name, found in {**others, **self.cells}.items() if found or name in asked}
+        document = frontier_table([row for row in all_rows() if row.name in cells], cells, self.settings)
         document |= {"command": provenance.command(), "date": provenance.date(), "git_commit": provenance.git_commit()}
         write_text(self.out / "frontier.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
         write_text(self.out / "frontier.csv", to_csv(document))
