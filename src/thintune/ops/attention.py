@@ -63,10 +63,12 @@ def _pieces(packed: Tensor, rows: Tensor, tokens: int, heads: int) -> Iterator[t
     inputs, results = packed.view(images, tokens, 3, heads, -1), rows.view(images, tokens, heads, -1)
     if heads * ceil(images / size) < images * ceil(heads / size):
         for part, head in product(_parts(images, size), range(heads)):
-            yield results[part, :, head], *inputs[part, :, :, head].unbind(2)
+            q, k, v = inputs[part, :, :, head].unbind(2)
+            yield results[part, :, head], q, k, v
     else:
         for image, part in product(range(images), _parts(heads, size)):
-            yield results[image, :, part].transpose(0, 1), *inputs[image, :, :, part].permute(1, 2, 0, 3).unbind(0)
+            q, k, v = inputs[image, :, :, part].permute(1, 2, 0, 3).unbind(0)
+            yield results[image, :, part].transpose(0, 1), q, k, v
 
 
 def _parts(count: int, size: int) -> list[slice]:
