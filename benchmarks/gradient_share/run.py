@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def main() -> None:
         rows[str(kept)] = shares(Watch(model), splits.train)
         print(kept, json.dumps(rows[str(kept)], indent=2))
     document = {
-        "command": provenance.command(),
+        "command": "python benchmarks/gradient_share/run.py " + " ".join(sys.argv[1:]),
         "date": provenance.date(),
         "git_commit": provenance.git_commit(),
         "seed": 0,
