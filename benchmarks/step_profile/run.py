@@ -122,7 +122,7 @@ def main() -> None:
         "rows": found,
         "threads": torch.get_num_threads(),
         "versions": provenance.versions(),
-        "command": provenance.command(),
+        "command": "python benchmarks/step_profile/run.py " + " ".join(sys.argv[1:]),
         "date": provenance.date(),
         "git_commit": provenance.git_commit(),
     }
