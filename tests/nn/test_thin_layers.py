@@ -30,7 +30,7 @@ def test_training_leaves_frozen_factors_without_a_gradient():
     layer = filled(SubspaceLinear(I, O, K, activation_rank=4, dtype=torch.float64))
     layer(rand(5, I)).sum().backward()
     assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"update", "bias"}
-    assert layer.update.shape == (O, 4) and layer.training_only() == {"update", "basis"}
+    assert layer.update.shape == (O, 4) and layer.training_only() == {"update", "basis", "spread"}
 
 
 @pytest.mark.parametrize("rank", [2, 9])
@@ -125,3 +125,17 @@ def test_a_refresh_without_inputs_does_nothing_and_one_with_inputs_turns_towards
     assert (turn - before.T @ layer.basis).abs().max() < 1e-12
     assert (x @ layer.basis).norm() > 2 * (x @ before).norm()
     assert layer.refresh_basis_() is None
+
+
+def test_a_refresh_notes_how_far_inputs_spread_along_a_settled_basis():
+    layer = filled(SubspaceLinear(I, O, K, activation_rank=3, dtype=torch.float64))
+    assert torch.equal(layer.spread, torch.ones(3, dtype=torch.float64))
+    x = rand(50, I) * torch.tensor([1, 1, 1, 8, 30, 200]).double()
+    for _ in range(60):
+        layer.capture(x)
+        layer.refresh_basis_()
+    along = (x @ layer.basis).square().sum(0).sqrt()
+    assert (layer.spread - along / along.max()).abs().max() < 1e-6
+    layer.capture(torch.zeros(4, I).double())
+    layer.refresh_basis_()
+    assert torch.equal(layer.spread, torch.ones(3, dtype=torch.float64))

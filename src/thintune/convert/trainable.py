@@ -68,8 +68,10 @@ def make_trainable_(
     for last in (False,) * (PASSES - 1) + (True,):
         for name, image in _images(model, layers, starts, batches).items():
             if last:
-                rank = layers[name].basis.shape[1]
-                layers[name].start_(leading_directions(starts.pop(name), image, rank))
+                start = starts.pop(name)
+                basis = leading_directions(start, image, layers[name].basis.shape[1])
+                along = ((basis.T @ image) * (basis.T @ start)).sum(1)
+                layers[name].start_(basis, along.clamp_min(0).sqrt())
             else:
                 starts[name] = orthonormalize(image)
     for name, start in starts.items():  # of layers that were never called

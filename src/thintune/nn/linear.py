@@ -109,6 +109,8 @@ class SubspaceLinear(ThinLinear):
     """
 
     basis: Tensor
+    spread: Tensor
+    """(r,), root of the second moment of the inputs along each column of `basis`, as a share of the largest."""
 
     def __init__(
         self,
@@ -127,6 +129,7 @@ class SubspaceLinear(ThinLinear):
         r = min(activation_rank, in_features)
         self.update = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=dtype))
         self.register_buffer("basis", torch.eye(in_features, r, device=device, dtype=dtype))
+        self.register_buffer("spread", torch.ones(r, device=device, dtype=dtype))
         self.capturing = False
         self._captured: Tensor | None = None
 
@@ -138,9 +141,17 @@ class SubspaceLinear(ThinLinear):
             setattr(self, name, nn.Parameter(factor.to(dtype).contiguous(), requires_grad=False))
 
     @torch.no_grad()
-    def start_(self, basis: Tensor) -> None:
-        """Takes over a basis (I, r) and sets the update to zero."""
+    def start_(self, basis: Tensor, spread: Tensor | None = None) -> None:
+        """Takes over a basis and sets the update to zero.
+
+        Args:
+            basis: (I, r), orthonormal columns.
+            spread: (r,), root of the inputs' second moment along each of them, up to a factor; all alike by default.
+        """
         self.basis = basis.to(self.update.dtype)
+        self.spread = self.basis.new_ones(basis.shape[1])
+        if spread is not None:
+            self.spread.copy_(_of_largest(spread))
         update = basis.new_zeros(self.out_features, basis.shape[1], dtype=self.update.dtype)
         self.update = nn.Parameter(update, requires_grad=self.update.requires_grad)
 
@@ -169,6 +180,7 @@ class SubspaceLinear(ThinLinear):
         if self._captured is None:
             return None
         new = orthonormalize(self._captured)
+        self.spread.copy_(_of_largest(self._captured.norm(dim=0).sqrt()))  # |X.T X u|: the moment, once u has settled
         self._captured = None
         turn = self.basis.T @ new
         self.basis.copy_(new)
@@ -176,7 +188,13 @@ class SubspaceLinear(ThinLinear):
 
     def training_only(self) -> set[str]:
         """Names of the tensors that inference does not need."""
-        return {"update", "basis"}
+        return {"update", "basis", "spread"}
+
+
+def _of_largest(values: Tensor) -> Tensor:
+    """Each value as a share of the largest; ones where all are zero."""
+    largest = values.max()
+    return values / largest if bool(largest > 0) else torch.ones_like(values)
 
 
 class FactorLinear(ThinLinear):

@@ -47,14 +47,24 @@ class ThinStep:
             same as for the dense weight: an adaptive optimizer moves every coordinate by about the rate, so a step
             in r coordinates instead of I is shorter by sqrt(r / I) and is lengthened by its inverse. A step of plain
             gradient descent needs no such factor.
+        whiten: let an adaptive optimizer's step along a direction of the basis be inverse to the inputs' spread along
+            it, at the same length of the whole. Without it, most of what a step changes about the outputs lies along
+            the one or two directions in which inputs are largest, their mean above all. No other optimizer is touched.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, refresh_every: int = 25, update_scale: float = 1.0
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        refresh_every: int = 25,
+        update_scale: float = 1.0,
+        whiten: bool = False,
     ) -> None:
         self.steps = 0
         self.refresh_every = refresh_every
         self.update_scale = update_scale
+        self.whiten = whiten
         self.by_layer = False
         """Whether the optimizer steps layer by layer, and `finish` is called after the last."""
         self._adaptive = isinstance(optimizer, _ADAPTIVE)
@@ -126,6 +136,8 @@ class ThinStep:
         if self._adaptive:
             scale *= math.sqrt(layer.in_features / layer.update.shape[1])
         layer.update.mul_(scale)
+        if self._adaptive and self.whiten:
+            layer.update.mul_(whitening(layer.spread))
         if layer.left.dtype != layer.update.dtype:
             rounded_subspace_step_(layer.left, layer.right, layer.update, layer.basis, decay)
         else:
@@ -133,6 +145,12 @@ class ThinStep:
                 layer.right.mul_(1 - decay)
             warm_subspace_step_(layer.left, layer.right, layer.update, layer.basis)
         layer.update.zero_()
+
+
+def whitening(spread: Tensor) -> Tensor:
+    """Factors (r,) inverse to the spread (r,), of mean square 1; a thousandth of the largest spread is the least."""
+    inverse = 1 / spread.clamp_min(1e-3 * spread.max())
+    return inverse / inverse.square().mean().sqrt()
 
 
 def tangent_gradient(left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
