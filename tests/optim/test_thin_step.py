@@ -303,17 +303,17 @@ def test_layers_take_turns_with_their_basis():
 
 
 def test_whitening_is_inverse_to_the_spread_and_keeps_the_length():
-    spread = torch.tensor([4.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+    spread = torch.tensor([40.0, 20.0, 1.0], dtype=torch.float64)
     found = whitening(spread)
     assert float(found.square().mean()) == pytest.approx(1)
-    assert found[2] / found[0] == pytest.approx(4) and found[3] / found[0] == pytest.approx(1000)
+    assert found[1] / found[0] == pytest.approx(2) and found[2] / found[0] == pytest.approx(40)
 
 
 def test_a_whitened_adaptive_step_is_inverse_to_the_spread_of_the_inputs():
     layer = subspace(rank=O, r=3, inputs=12)
     layer.spread.copy_(torch.tensor([9.0, 3.0, 1.0]))
     optimizer = torch.optim.Adam(parameters(layer), lr=1e-3)
-    ThinStep(layer, optimizer, whiten=True)
+    ThinStep(layer, optimizer, input_metric=True)
     before = weight(layer)
     layer(torch.randn(40, 12).double()).square().sum().backward()
     optimizer.step()
@@ -323,14 +323,14 @@ def test_a_whitened_adaptive_step_is_inverse_to_the_spread_of_the_inputs():
     assert moved.norm() == pytest.approx(1e-3 * (12 * O) ** 0.5, rel=1e-6)  # as long as the step of the dense weight
 
 
-def test_whitening_leaves_gradient_descent_alone():
+def test_gradient_descent_is_not_whitened():
     ends = []
     for whiten in (True, False):
         layer = subspace(r=3)
         layer.spread.copy_(torch.tensor([9.0, 3.0, 1.0]))
         optimizer = torch.optim.SGD(parameters(layer), lr=1e-2, momentum=0.9)
-        ThinStep(layer, optimizer, whiten=whiten)
+        ThinStep(layer, optimizer, input_metric=whiten)
         layer(torch.arange(24.0).double().view(4, 6)).square().sum().backward()
         optimizer.step()
         ends.append(weight(layer))
-    assert torch.equal(*ends)
+    assert (ends[0] - ends[1]).abs().max() < 1e-10  # at full rank nothing has to be given up in any metric

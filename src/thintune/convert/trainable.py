@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,12 +67,11 @@ def make_trainable_(
         replace_(model, layer, layers[name])
         del layer
     for last in (False,) * (PASSES - 1) + (True,):
-        for name, image in _images(model, layers, starts, batches).items():
+        for name, (image, total) in _images(model, layers, starts, batches).items():
             if last:
                 start = starts.pop(name)
                 basis = leading_directions(start, image, layers[name].basis.shape[1])
-                along = ((basis.T @ image) * (basis.T @ start)).sum(1)
-                layers[name].start_(basis, along.clamp_min(0).sqrt())
+                layers[name].start_(basis, ((basis.T @ image) * (basis.T @ start)).sum(1), total)
             else:
                 starts[name] = orthonormalize(image)
     for name, start in starts.items():  # of layers that were never called
@@ -83,19 +83,19 @@ def make_trainable_(
 
 def _images(
     model: nn.Module, layers: Mapping[str, nn.Module], starts: Mapping[str, Tensor], batches: Sequence[Any]
-) -> dict[str, Tensor]:
-    """Sum of X.T (X U) over all batches (I, m), by layer."""
+) -> dict[str, tuple[Tensor, float]]:
+    """Sum of X.T (X U) over all batches (I, m) and of |X|^2, by layer."""
     found = {name: torch.zeros_like(start) for name, start in starts.items()}  # made before the heap fills
-    called: set[str] = set()
+    totals: dict[str, float] = defaultdict(float)
 
     def visit(name: str, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1])
         found[name].addmm_(rows.T, rows @ starts[name])
-        called.add(name)
+        totals[name] += float(torch.linalg.vector_norm(rows)) ** 2
 
     observe(model, dict(layers), batches, visit)
     release_free_memory()
-    return {name: found[name] for name in found if name in called}
+    return {name: (found[name], totals[name]) for name in found if name in totals}
 
 
 def _trainable(layer: ThinLinear, activation_rank: int) -> SubspaceLinear:

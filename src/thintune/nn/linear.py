@@ -110,7 +110,7 @@ class SubspaceLinear(ThinLinear):
 
     basis: Tensor
     spread: Tensor
-    """(r,), root of the second moment of the inputs along each column of `basis`, as a share of the largest."""
+    """(r,), root of the inputs' second moment along each column of `basis`, over that of the mean other direction."""
 
     def __init__(
         self,
@@ -132,6 +132,7 @@ class SubspaceLinear(ThinLinear):
         self.register_buffer("spread", torch.ones(r, device=device, dtype=dtype))
         self.capturing = False
         self._captured: Tensor | None = None
+        self._total = 0.0
 
     @torch.no_grad()
     def store_(self, dtype: torch.dtype) -> None:
@@ -141,17 +142,18 @@ class SubspaceLinear(ThinLinear):
             setattr(self, name, nn.Parameter(factor.to(dtype).contiguous(), requires_grad=False))
 
     @torch.no_grad()
-    def start_(self, basis: Tensor, spread: Tensor | None = None) -> None:
+    def start_(self, basis: Tensor, along: Tensor | None = None, total: Tensor | float = 0.0) -> None:
         """Takes over a basis and sets the update to zero.
 
         Args:
             basis: (I, r), orthonormal columns.
-            spread: (r,), root of the inputs' second moment along each of them, up to a factor; all alike by default.
+            along: (r,), the inputs' second moment along each of them; as along any other direction by default.
+            total: the inputs' second moment along all I directions, in the same unit.
         """
         self.basis = basis.to(self.update.dtype)
         self.spread = self.basis.new_ones(basis.shape[1])
-        if spread is not None:
-            self.spread.copy_(_of_largest(spread))
+        if along is not None:
+            self.spread.copy_(spread(along, total, self.in_features))
         update = basis.new_zeros(self.out_features, basis.shape[1], dtype=self.update.dtype)
         self.update = nn.Parameter(update, requires_grad=self.update.requires_grad)
 
@@ -165,8 +167,9 @@ class SubspaceLinear(ThinLinear):
 
     @torch.no_grad()
     def capture(self, x: Tensor) -> None:
-        """Adds X.T X U (I, r) of this micro-batch; recomputation only scales the sum, which the basis ignores."""
+        """Adds X.T X U (I, r) and |X|^2 of this micro-batch; recomputation scales both, which is ignored."""
         rows = x.reshape(-1, self.in_features)
+        self._total += float(torch.linalg.vector_norm(rows)) ** 2
         moved = rows.T @ (rows @ self.basis)
         self._captured = moved if self._captured is None else self._captured.add_(moved)
 
@@ -180,8 +183,8 @@ class SubspaceLinear(ThinLinear):
         if self._captured is None:
             return None
         new = orthonormalize(self._captured)
-        self.spread.copy_(_of_largest(self._captured.norm(dim=0).sqrt()))  # |X.T X u|: the moment, once u has settled
-        self._captured = None
+        self.spread.copy_(spread((self.basis * self._captured).sum(0), self._total, self.in_features))
+        self._captured, self._total = None, 0.0
         turn = self.basis.T @ new
         self.basis.copy_(new)
         return turn
@@ -191,10 +194,21 @@ class SubspaceLinear(ThinLinear):
         return {"update", "basis", "spread"}
 
 
-def _of_largest(values: Tensor) -> Tensor:
-    """Each value as a share of the largest; ones where all are zero."""
-    largest = values.max()
-    return values / largest if bool(largest > 0) else torch.ones_like(values)
+def spread(along: Tensor, total: Tensor | float, features: int) -> Tensor:
+    """How much further inputs reach along some directions than along the mean of all others, at least as far.
+
+    Args:
+        along: (r,), second moment along each of r orthonormal directions.
+        total: second moment along all.
+        features: I. Where inputs never leave the r directions, or there are no others, a thousandth of the mean
+            second moment stands for that of the others.
+
+    Returns:
+        (r,), 1 or more.
+    """
+    rest = (float(total) - float(along.sum())) / max(1, features - len(along))
+    rest = max(rest, 1e-3 * float(total) / features)
+    return (along / rest).clamp_min(1).sqrt() if rest > 0 else torch.ones_like(along)
 
 
 class FactorLinear(ThinLinear):

@@ -145,7 +145,7 @@ class _Run:
             optimizer,
             refresh_every=thin.refresh_every,
             update_scale=thin.update_scale,
-            whiten=thin.update_scaling == "whitened",
+            input_metric=thin.update_metric == "inputs",
         )
         loop = Loop(model, optimizer, thin_step, splits.train, config.train, config.device)
         if self.state is not None:
