@@ -66,8 +66,6 @@ class ThinConfig:
     """`thin`: Adam steps that bring each converted block back to the output of the dense one, without labels."""
     update_scale: float = 1.0
     """`thin`: factor on every update of the thin layers; 1 keeps the dense learning rate."""
-    update_metric: Literal["weights", "inputs"] = "weights"
-    """`thin`: what makes a step long, the change of the weights or what inputs make of it (docs/decisions/011)."""
     factor_dtype: Literal["float32", "bfloat16"] = "float32"
     """`thin`: type in which the factors are stored; bfloat16 halves them, rounded stochastically at every step."""
     attention: Precision = "lean"

@@ -40,9 +40,9 @@ def test_wasi_keeps_factors_and_a_tucker_form():
     assert wsi.training_flops == 2 * M * 3 * (2 * (IN + OUT) + 2 * IN + OUT)
 
 
-def test_thin_counts_its_update_basis_and_spread_too():
+def test_thin_counts_its_update_and_basis_too():
     found = paper_account("thin", [layer(rank=3, activation_ranks=(2,))])
-    assert found.weight_bytes == 4 * ((3 + 2) * (OUT + IN) + 2)
+    assert found.weight_bytes == 4 * (3 + 2) * (OUT + IN)
     assert found.activation_bytes == 4 * M * 2
     assert found.training_flops == 2 * M * (2 * 3 * (IN + OUT) + 2 * IN + 2 * OUT)
 

@@ -75,20 +75,6 @@ def test_ctrl_c_saves_and_resume_ends_with_the_same_bits(
     assert all(whole[k] == cut[k] for k in ("test_accuracy", "val_accuracy", "train_loss", "kept_weight_fraction"))
 
 
-def test_steps_in_the_metric_of_the_inputs_resume_to_the_same_bits_and_differ_from_the_others(
-    tiny, thintune, interrupt, tmp_path
-):
-    words = [*tiny, "--method", "thin", "--thin.update_metric", "inputs"]
-    assert thintune("train", *tiny, "--method", "thin", "--out", tmp_path / "other")[0] == 0
-    assert thintune("train", *words, "--out", tmp_path / "whole")[0] == 0
-    assert not same_bits(tmp_path / "whole", tmp_path / "other")
-    interrupt(7)
-    assert thintune("train", *words, "--out", tmp_path / "cut")[0] == 130
-    code, _, err = thintune("train", "--resume", "--out", tmp_path / "cut")
-    assert code == 0, err
-    assert same_bits(tmp_path / "whole", tmp_path / "cut")
-
-
 @pytest.mark.parametrize("method", ["thin", "amc", "lora", "svd_lora"])
 def test_a_model_with_buffers_that_no_file_holds_resumes_to_the_same_bits(method, tiny, thintune, interrupt, tmp_path):
     swin = ["--model.name", "timm:swin_tiny_patch4_window7_224", "--data.image_size", "32", "--train.epochs", "1"]

@@ -7,7 +7,6 @@ from thintune.errors import ConfigError
 from thintune.linalg import hosvd, mode_ranks, orthonormalize, reconstruct
 from thintune.measure import SavedActivations
 from thintune.nn import CompressedLinear, FactorLinear, HosvdCompressor, SubspaceLinear, ThinLinear, TuckerCompressor
-from thintune.nn.linear import spread
 
 I, O, K = 6, 8, 3  # noqa: E741 - the letters of the equations
 
@@ -31,7 +30,7 @@ def test_training_leaves_frozen_factors_without_a_gradient():
     layer = filled(SubspaceLinear(I, O, K, activation_rank=4, dtype=torch.float64))
     layer(rand(5, I)).sum().backward()
     assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"update", "bias"}
-    assert layer.update.shape == (O, 4) and layer.training_only() == {"update", "basis", "spread"}
+    assert layer.update.shape == (O, 4) and layer.training_only() == {"update", "basis"}
 
 
 @pytest.mark.parametrize("rank", [2, 9])
@@ -126,24 +125,3 @@ def test_a_refresh_without_inputs_does_nothing_and_one_with_inputs_turns_towards
     assert (turn - before.T @ layer.basis).abs().max() < 1e-12
     assert (x @ layer.basis).norm() > 2 * (x @ before).norm()
     assert layer.refresh_basis_() is None
-
-
-def test_a_refresh_notes_how_far_inputs_reach_along_the_basis():
-    layer = filled(SubspaceLinear(I, O, K, activation_rank=3, dtype=torch.float64))
-    assert torch.equal(layer.spread, torch.ones(3, dtype=torch.float64))
-    x = rand(50, I) * torch.tensor([1, 1, 1, 4, 6, 9]).double()
-    for _ in range(60):
-        layer.capture(x)
-        layer.refresh_basis_()
-    along = (x @ layer.basis).square().sum(0)
-    rest = (x.square().sum() - along.sum()) / 3
-    assert (layer.spread / (along / rest).sqrt() - 1).abs().max() < 1e-6
-    layer.capture(torch.zeros(4, I).double())
-    layer.refresh_basis_()
-    assert torch.equal(layer.spread, torch.ones(3, dtype=torch.float64))
-
-
-def test_inputs_that_never_leave_the_basis_have_a_finite_spread():
-    assert torch.isfinite(spread(torch.tensor([4.0, 1.0]), 5.0, 8)).all()
-    assert torch.isfinite(spread(torch.tensor([4.0, 1.0]), 5.0, 2)).all()
-    assert torch.equal(spread(torch.tensor([4.0, 0.5]), 10.5, 8), torch.tensor([2.0, 1.0]))

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from thintune.linalg import orthonormalize
 from thintune.nn import FactorLinear, SubspaceLinear, TuckerCompressor
 from thintune.optim import ThinStep
-from thintune.optim.step import tangent_gradient, whitening
+from thintune.optim.step import tangent_gradient
 
 I, O = 6, 8  # noqa: E741 - the letters of the equations
 
@@ -300,37 +300,3 @@ def test_layers_take_turns_with_their_basis():
         optimizer.zero_grad()
     assert all(len(turn) == 1 for turn in seen)
     assert sorted(turn[0] for turn in seen[:5]) == sorted(turn[0] for turn in seen[5:]) == list(range(5))
-
-
-def test_whitening_is_inverse_to_the_spread_and_keeps_the_length():
-    spread = torch.tensor([40.0, 20.0, 1.0], dtype=torch.float64)
-    found = whitening(spread)
-    assert float(found.square().mean()) == pytest.approx(1)
-    assert found[1] / found[0] == pytest.approx(2) and found[2] / found[0] == pytest.approx(40)
-
-
-def test_a_whitened_adaptive_step_is_inverse_to_the_spread_of_the_inputs():
-    layer = subspace(rank=O, r=3, inputs=12)
-    layer.spread.copy_(torch.tensor([9.0, 3.0, 1.0]))
-    optimizer = torch.optim.Adam(parameters(layer), lr=1e-3)
-    ThinStep(layer, optimizer, input_metric=True)
-    before = weight(layer)
-    layer(torch.randn(40, 12).double()).square().sum().backward()
-    optimizer.step()
-    moved = (weight(layer) - before) @ layer.basis  # Adam's first step is the rate in every coordinate
-    expected = 1e-3 * (12 / 3) ** 0.5 * whitening(layer.spread)
-    assert (moved.abs() - expected).abs().max() < 1e-9
-    assert moved.norm() == pytest.approx(1e-3 * (12 * O) ** 0.5, rel=1e-6)  # as long as the step of the dense weight
-
-
-def test_gradient_descent_is_not_whitened():
-    ends = []
-    for whiten in (True, False):
-        layer = subspace(r=3)
-        layer.spread.copy_(torch.tensor([9.0, 3.0, 1.0]))
-        optimizer = torch.optim.SGD(parameters(layer), lr=1e-2, momentum=0.9)
-        ThinStep(layer, optimizer, input_metric=whiten)
-        layer(torch.arange(24.0).double().view(4, 6)).square().sum().backward()
-        optimizer.step()
-        ends.append(weight(layer))
-    assert (ends[0] - ends[1]).abs().max() < 1e-10  # at full rank nothing has to be given up in any metric

@@ -114,7 +114,6 @@ def _thin(layer: nn.Linear, seen: Moments, rank: int, config: ThinConfig, root: 
     """The layer that takes the place of a dense one; uses up the moments."""
     second = seen.outer.div_(seen.count)
     basis = input_basis(second, min(config.activation_rank, layer.in_features))
-    along, total = (basis * (second.to(basis.dtype) @ basis)).sum(0), float(second.trace())
     covariance, ridge = _spread_(seen, second, layer.bias is not None)
     if root is None or config.output_weighting == "none":
         left, right, shift = data_aware_factors(layer.weight, covariance, seen.mean, rank, ridge)
@@ -130,7 +129,7 @@ def _thin(layer: nn.Linear, seen: Moments, rank: int, config: ThinConfig, root: 
         dtype=layer.weight.dtype,
     )
     thin.set_(left, right, None if layer.bias is None else layer.bias + shift)
-    thin.start_(basis, along, total)
+    thin.start_(basis)
     if config.factor_dtype == "bfloat16":
         thin.store_(torch.bfloat16)
     return thin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,11 +66,10 @@ def make_trainable_(
         replace_(model, layer, layers[name])
         del layer
     for last in (False,) * (PASSES - 1) + (True,):
-        for name, (image, total) in _images(model, layers, starts, batches).items():
+        for name, image in _images(model, layers, starts, batches).items():
             if last:
-                start = starts.pop(name)
-                basis = leading_directions(start, image, layers[name].basis.shape[1])
-                layers[name].start_(basis, ((basis.T @ image) * (basis.T @ start)).sum(1), total)
+                rank = layers[name].basis.shape[1]
+                layers[name].start_(leading_directions(starts.pop(name), image, rank))
             else:
                 starts[name] = orthonormalize(image)
     for name, start in starts.items():  # of layers that were never called
@@ -83,19 +81,19 @@ def make_trainable_(
 
 def _images(
     model: nn.Module, layers: Mapping[str, nn.Module], starts: Mapping[str, Tensor], batches: Sequence[Any]
-) -> dict[str, tuple[Tensor, float]]:
-    """Sum of X.T (X U) over all batches (I, m) and of |X|^2, by layer."""
+) -> dict[str, Tensor]:
+    """Sum of X.T (X U) over all batches (I, m), by layer."""
     found = {name: torch.zeros_like(start) for name, start in starts.items()}  # made before the heap fills
-    totals: dict[str, float] = defaultdict(float)
+    called: set[str] = set()
 
     def visit(name: str, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1])
         found[name].addmm_(rows.T, rows @ starts[name])
-        totals[name] += float(torch.linalg.vector_norm(rows)) ** 2
+        called.add(name)
 
     observe(model, dict(layers), batches, visit)
     release_free_memory()
-    return {name: (found[name], totals[name]) for name in found if name in totals}
+    return {name: found[name] for name in found if name in called}
 
 
 def _trainable(layer: ThinLinear, activation_rank: int) -> SubspaceLinear:

@@ -67,8 +67,8 @@ def thin_parameter_bytes(
 def subspace_state_bytes(
     in_features: int, out_features: int, activation_rank: int, element_bytes: int = FLOAT_BYTES
 ) -> int:
-    """R (O + I + 1) values: update, basis and spread, which a subspace layer has besides factors while it trains."""
-    return activation_rank * (out_features + in_features + 1) * element_bytes
+    """R (O + I) values: update and basis, which a subspace layer has besides its factors while it trains."""
+    return activation_rank * (out_features + in_features) * element_bytes
 
 
 # FLOPs of a dense layer.

@@ -39,9 +39,7 @@ def stochastic_round_(target: Tensor, source: Tensor) -> Tensor:
     return target
 
 
-def rounded_subspace_step_(
-    left: Tensor, right: Tensor, step: Tensor, basis: Tensor, decay: float = 0.0, spread: Tensor | None = None
-) -> None:
+def rounded_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Tensor, decay: float = 0.0) -> None:
     """`warm_subspace_step` on factors that are stored in bfloat16, in place.
 
     The new left factor is rounded first; right is then the best one for the rounded left, by least squares,
@@ -58,11 +56,10 @@ def rounded_subspace_step_(
         step: (O, r) float32.
         basis: (I, r) float32, orthonormal columns.
         decay: right is scaled by 1 - decay first.
-        spread: (r,), as in `warm_subspace_step_`.
     """
     if not (decay or bool(step.any())):
         return
-    turn = None if left.shape[0] == left.shape[1] else _turn(left, right, step, basis, 1 - decay, spread)
+    turn = None if left.shape[0] == left.shape[1] else _turn(left, right, step, basis, 1 - decay)
     gram, overlap = step.new_zeros(left.shape[1], left.shape[1]), step.new_zeros(left.shape[1], left.shape[1])
     moved = step.new_zeros(left.shape[1], step.shape[1])
     for rows in _slices(len(left)):
@@ -86,9 +83,7 @@ def _slices(length: int) -> list[slice]:
     return [slice(at, at + _ROWS) for at in range(0, length, _ROWS)]
 
 
-def _turn(
-    left: Tensor, right: Tensor, step: Tensor, basis: Tensor, scale: float, spread: Tensor | None
-) -> _Turn | None:
+def _turn(left: Tensor, right: Tensor, step: Tensor, basis: Tensor, scale: float) -> _Turn | None:
     """How rows of left turn to the step; None where they stay, since it has nothing in common with the weight."""
     shared, inner = step.new_zeros(step.shape[1], left.shape[1]), step.new_zeros(left.shape[1], left.shape[1])
     for rows in _slices(len(left)):
@@ -100,7 +95,7 @@ def _turn(
         part = right[:, columns].float().mul_(scale)
         seen.addmm_(part, basis[columns])
         gram.addmm_(part, part.T)
-    coefficients = step_coefficients(seen, gram, shared, basis, spread)
+    coefficients = step_coefficients(seen, gram, shared, basis)
     if not bool(torch.isfinite(coefficients).all()):
         return None
     turned_gram = moved_gram(inner, shared, step, coefficients)

@@ -32,28 +32,19 @@ def subspace_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return left, left.T @ matrix
 
 
-def warm_subspace_step_reference(
-    left: Tensor, right: Tensor, step: Tensor, basis: Tensor, spread: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def warm_subspace_step_reference(left: Tensor, right: Tensor, step: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Slow readable twin of `warm_subspace_step`: forms W', iterates once. For tests."""
-    moved = left @ right + step @ basis.T
-    if spread is None:
-        return subspace_iteration(moved, left)
-    stretched = moved + ((moved @ basis) * (spread - 1)) @ basis.T  # W' C^(1/2)
-    turned, _ = subspace_iteration(stretched, left)
-    return turned, turned.T @ moved
+    return subspace_iteration(left @ right + step @ basis.T, left)
 
 
-def warm_subspace_step(
-    left: Tensor, right: Tensor, step: Tensor, basis: Tensor, spread: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def warm_subspace_step(left: Tensor, right: Tensor, step: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """`warm_subspace_step_` on copies."""
     left, right = left.clone(), right.clone()
-    warm_subspace_step_(left, right, step, basis, spread)
+    warm_subspace_step_(left, right, step, basis)
     return left, right
 
 
-def warm_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Tensor, spread: Tensor | None = None) -> None:
+def warm_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Tensor) -> None:
     """One subspace iteration on W + step @ basis.T, without forming it, in place.
 
     With moved = right + (left.T step) basis.T, the coordinates of W' in the old basis, the iteration's column space is
@@ -68,26 +59,21 @@ def warm_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Tensor
     (O, K) matrix; scratch is a few K^2 in float64 and a chunk of either factor. Since the gram matrix of left is
     taken anew every time, rounding does not add up over steps.
 
-    With `spread` the iteration is that of W' C^(1/2), C = I + basis (spread^2 - 1) basis.T being the second moment of
-    the inputs but for its unit: moved.T becomes C moved.T in both places above. What rank K cannot hold is then given
-    up where inputs hardly reach, and the step, which lies where they do, is not.
-
     Args:
         left: (O, K), orthonormal columns; overwritten.
         right: (K, I); overwritten.
         step: (O, r), the update in coordinates of `basis`.
         basis: (I, r), orthonormal columns.
-        spread: (r,), reach of the inputs along each of them over that along any other direction; 1 by default.
     """
     if left.shape[0] == left.shape[1]:  # a square basis spans everything: only the coordinates move
         right.addmm_(left.T @ step, basis.T)
         return
     shared, overlap = step.T @ left, left.T @ left
-    coefficients = step_coefficients(right @ basis, right @ right.T, shared, basis, spread)
+    coefficients = step_coefficients(right @ basis, right @ right.T, shared, basis)
     gram = moved_gram(overlap, shared, step, coefficients)
     upper = upper_factor(gram) if bool(torch.isfinite(coefficients).all()) else None
     if upper is None:
-        _far_step_(left, right, step, basis, coefficients, spread)
+        _far_step_(left, right, step, basis, coefficients)
         return
     left.addmm_(step, coefficients)
     overlap = _solve_(left, upper, overlap.addmm_(coefficients.T, shared))
@@ -99,16 +85,12 @@ def warm_subspace_step_(left: Tensor, right: Tensor, step: Tensor, basis: Tensor
     _set_right_(right, overlap, left.T @ step, basis)
 
 
-def _far_step_(
-    left: Tensor, right: Tensor, step: Tensor, basis: Tensor, coefficients: Tensor, spread: Tensor | None
-) -> None:
+def _far_step_(left: Tensor, right: Tensor, step: Tensor, basis: Tensor, coefficients: Tensor) -> None:
     """The step where left + step C is not nearly orthonormal, by Householder QR."""
     if bool(torch.isfinite(coefficients).all()):
         turned = orthonormalize(torch.addmm(left, step, coefficients))
     else:  # right and moved have nothing in common, as where the weight is zero: the iteration itself, not scaled
         moved = torch.addmm(right, left.T @ step, basis.T)
-        if spread is not None:
-            moved.addmm_((moved @ basis) * (spread.square() - 1), basis.T)
         turned = orthonormalize(torch.addmm(left @ (right @ moved.T), step, basis.T @ moved.T))
     _set_right_(right, turned.T @ left, turned.T @ step, basis)
     left.copy_(turned)
@@ -127,24 +109,17 @@ def moved_gram(overlap: Tensor, shared: Tensor, step: Tensor, coefficients: Tens
     return inner.add_(overlap).add_(cross).add_(cross.T)
 
 
-def step_coefficients(
-    seen: Tensor, gram: Tensor, shared: Tensor, basis: Tensor, spread: Tensor | None = None
-) -> Tensor:
-    """(basis.T C moved.T) (right C moved.T)^-1 (r, K): how far left turns to the step; not finite where it cannot.
+def step_coefficients(seen: Tensor, gram: Tensor, shared: Tensor, basis: Tensor) -> Tensor:
+    """C = (basis.T moved.T) (right moved.T)^-1 (r, K): how far left turns to the step; not finite where it cannot.
 
     Args:
         seen: (K, r), right @ basis.
         gram: (K, K), right @ right.T.
         shared: (r, K), step.T @ left.
         basis: (I, r).
-        spread: (r,), of which C is made; C is the identity without.
     """
-    inner = torch.addmm(seen.T, basis.T @ basis, shared).double()
-    crossed = torch.addmm(gram, seen, shared).double()
-    if spread is not None:
-        further = inner * (spread.double().square() - 1)[:, None]
-        crossed, inner = crossed.addmm_(seen.double(), further), inner.add_(further)
-    return _solve_right(inner, crossed).to(seen.dtype)
+    numerator = torch.addmm(seen.T, basis.T @ basis, shared)
+    return _solve_right(numerator.double(), torch.addmm(gram, seen, shared).double()).to(seen.dtype)
 
 
 def upper_factor(gram: Tensor) -> Tensor | None:

@@ -109,8 +109,6 @@ class SubspaceLinear(ThinLinear):
     """
 
     basis: Tensor
-    spread: Tensor
-    """(r,), root of the inputs' second moment along each column of `basis`, over that of the mean other direction."""
 
     def __init__(
         self,
@@ -129,10 +127,8 @@ class SubspaceLinear(ThinLinear):
         r = min(activation_rank, in_features)
         self.update = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=dtype))
         self.register_buffer("basis", torch.eye(in_features, r, device=device, dtype=dtype))
-        self.register_buffer("spread", torch.ones(r, device=device, dtype=dtype))
         self.capturing = False
         self._captured: Tensor | None = None
-        self._total = 0.0
 
     @torch.no_grad()
     def store_(self, dtype: torch.dtype) -> None:
@@ -142,18 +138,9 @@ class SubspaceLinear(ThinLinear):
             setattr(self, name, nn.Parameter(factor.to(dtype).contiguous(), requires_grad=False))
 
     @torch.no_grad()
-    def start_(self, basis: Tensor, along: Tensor | None = None, total: Tensor | float = 0.0) -> None:
-        """Takes over a basis and sets the update to zero.
-
-        Args:
-            basis: (I, r), orthonormal columns.
-            along: (r,), the inputs' second moment along each of them; as along any other direction by default.
-            total: the inputs' second moment along all I directions, in the same unit.
-        """
+    def start_(self, basis: Tensor) -> None:
+        """Takes over a basis (I, r) and sets the update to zero."""
         self.basis = basis.to(self.update.dtype)
-        self.spread = self.basis.new_ones(basis.shape[1])
-        if along is not None:
-            self.spread.copy_(spread(along, total, self.in_features))
         update = basis.new_zeros(self.out_features, basis.shape[1], dtype=self.update.dtype)
         self.update = nn.Parameter(update, requires_grad=self.update.requires_grad)
 
@@ -167,9 +154,8 @@ class SubspaceLinear(ThinLinear):
 
     @torch.no_grad()
     def capture(self, x: Tensor) -> None:
-        """Adds X.T X U (I, r) and |X|^2 of this micro-batch; recomputation scales both, which is ignored."""
+        """Adds X.T X U (I, r) of this micro-batch; recomputation only scales the sum, which the basis ignores."""
         rows = x.reshape(-1, self.in_features)
-        self._total += float(torch.linalg.vector_norm(rows)) ** 2
         moved = rows.T @ (rows @ self.basis)
         self._captured = moved if self._captured is None else self._captured.add_(moved)
 
@@ -183,32 +169,14 @@ class SubspaceLinear(ThinLinear):
         if self._captured is None:
             return None
         new = orthonormalize(self._captured)
-        self.spread.copy_(spread((self.basis * self._captured).sum(0), self._total, self.in_features))
-        self._captured, self._total = None, 0.0
+        self._captured = None
         turn = self.basis.T @ new
         self.basis.copy_(new)
         return turn
 
     def training_only(self) -> set[str]:
         """Names of the tensors that inference does not need."""
-        return {"update", "basis", "spread"}
-
-
-def spread(along: Tensor, total: Tensor | float, features: int) -> Tensor:
-    """How much further inputs reach along some directions than along the mean of all others, at least as far.
-
-    Args:
-        along: (r,), second moment along each of r orthonormal directions.
-        total: second moment along all.
-        features: I. Where inputs never leave the r directions, or there are no others, a thousandth of the mean
-            second moment stands for that of the others.
-
-    Returns:
-        (r,), 1 or more.
-    """
-    rest = (float(total) - float(along.sum())) / max(1, features - len(along))
-    rest = max(rest, 1e-3 * float(total) / features)
-    return (along / rest).clamp_min(1).sqrt() if rest > 0 else torch.ones_like(along)
+        return {"update", "basis"}
 
 
 class FactorLinear(ThinLinear):

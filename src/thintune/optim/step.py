@@ -47,26 +47,14 @@ class ThinStep:
             same as for the dense weight: an adaptive optimizer moves every coordinate by about the rate, so a step
             in r coordinates instead of I is shorter by sqrt(r / I) and is lengthened by its inverse. A step of plain
             gradient descent needs no such factor.
-        input_metric: measure steps by what they change about the outputs, through the inputs' second moment as each
-            layer's `spread` knows it, instead of by the size of the weight's change. Folding gives up what inputs
-            hardly reach, instead of part of the step; an adaptive optimizer's step along a direction of the basis is
-            inverse to the spread along it, at the same length of the whole, since otherwise most of what it changes
-            lies along the one or two directions in which inputs are largest, their mean above all.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        refresh_every: int = 25,
-        update_scale: float = 1.0,
-        input_metric: bool = False,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, refresh_every: int = 25, update_scale: float = 1.0
     ) -> None:
         self.steps = 0
         self.refresh_every = refresh_every
         self.update_scale = update_scale
-        self.input_metric = input_metric
         self.by_layer = False
         """Whether the optimizer steps layer by layer, and `finish` is called after the last."""
         self._adaptive = isinstance(optimizer, _ADAPTIVE)
@@ -138,22 +126,13 @@ class ThinStep:
         if self._adaptive:
             scale *= math.sqrt(layer.in_features / layer.update.shape[1])
         layer.update.mul_(scale)
-        spread = layer.spread if self.input_metric else None
-        if self._adaptive and spread is not None:
-            layer.update.mul_(whitening(spread))
         if layer.left.dtype != layer.update.dtype:
-            rounded_subspace_step_(layer.left, layer.right, layer.update, layer.basis, decay, spread)
+            rounded_subspace_step_(layer.left, layer.right, layer.update, layer.basis, decay)
         else:
             if decay:
                 layer.right.mul_(1 - decay)
-            warm_subspace_step_(layer.left, layer.right, layer.update, layer.basis, spread)
+            warm_subspace_step_(layer.left, layer.right, layer.update, layer.basis)
         layer.update.zero_()
-
-
-def whitening(spread: Tensor) -> Tensor:
-    """Factors (r,) inverse to the spread (r,), of mean square 1."""
-    inverse = 1 / spread
-    return inverse / inverse.square().mean().sqrt()
 
 
 def tangent_gradient(left: Tensor, right: Tensor, grad: Tensor) -> Tensor:

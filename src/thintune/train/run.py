@@ -140,13 +140,7 @@ class _Run:
         model = self._fresh_model(splits) if self.state is None else self._saved_model(splits, self.state)
         optimizer = make_optimizer(model, config)
         thin = config.thin
-        thin_step = ThinStep(
-            model,
-            optimizer,
-            refresh_every=thin.refresh_every,
-            update_scale=thin.update_scale,
-            input_metric=thin.update_metric == "inputs",
-        )
+        thin_step = ThinStep(model, optimizer, refresh_every=thin.refresh_every, update_scale=thin.update_scale)
         loop = Loop(model, optimizer, thin_step, splits.train, config.train, config.device)
         if self.state is not None:
             loop.progress.step = int(self.state.document["step"])

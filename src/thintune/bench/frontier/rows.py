@@ -118,15 +118,12 @@ def _published() -> Iterator[FrontierRow]:
         yield FrontierRow(f"wasi-{share}", "wasi", thin=both)
 
 
-_SUBSPACES: dict[str, Any] = {"rank_allocation": "sensitivity", "output_weighting": "gradient"}
-_BEST: dict[str, Any] = {**_SUBSPACES, "update_metric": "inputs"}
-"""What docs/decisions/009 and 011 recommend where accuracy comes first."""
+_BEST: dict[str, Any] = {"rank_allocation": "sensitivity", "output_weighting": "gradient"}
+"""What docs/decisions/009 recommends where accuracy comes first."""
 _ABLATIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "allocation": {"rank_allocation": "sensitivity"},
     "weighting": {"output_weighting": "gradient"},
-    "metric": {"update_metric": "inputs"},
-    "subspaces": _SUBSPACES,
     "reconstruction": {**_BEST, "reconstruction_steps": 60},
     "r16": {**_BEST, "activation_rank": 16},
     "r96": {**_BEST, "activation_rank": 96},
