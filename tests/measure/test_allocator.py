@@ -2,7 +2,7 @@
 
 import pytest
 
-from thintune.measure import allocator, return_freed_blocks, returning_large_blocks
+from thintune.measure import allocator, keep_freed_blocks, return_freed_blocks, returning_large_blocks
 
 MMAP, TRIM = -3, -1
 
@@ -44,6 +44,15 @@ def test_a_larger_threshold_of_the_process_is_lowered_inside_and_comes_back(libr
         assert library.now[MMAP] == 1 << 18
         raise ValueError
     assert library.now[MMAP] == 1 << 20
+
+
+def test_a_process_that_serves_has_the_heap_that_it_would_have_had(library):
+    assert return_freed_blocks(64 << 10)
+    assert keep_freed_blocks()
+    assert library.now == {MMAP: 32 << 20, TRIM: 64 << 20}
+    with returning_large_blocks(1 << 18):
+        pass
+    assert library.now == {MMAP: 32 << 20, TRIM: 64 << 20}
 
 
 def test_another_system_is_left_alone(library, monkeypatch):

@@ -6,6 +6,7 @@ What could not be measured is `None`, never 0.
 from thintune.measure import provenance
 from thintune.measure.activations import SavedActivations
 from thintune.measure.allocator import (
+    keep_freed_blocks,
     release_free_memory,
     return_freed_blocks,
     returning_large_blocks,
@@ -21,6 +22,7 @@ __all__ = [
     "SavedActivations",
     "count_flops",
     "interleave",
+    "keep_freed_blocks",
     "median_and_iqr",
     "peak_rss_bytes",
     "provenance",

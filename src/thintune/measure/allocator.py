@@ -40,6 +40,19 @@ def reuse_freed_blocks(below_bytes: int = 1 << 20) -> bool:
     return _fix(below_bytes, _LARGEST_THRESHOLD)
 
 
+def keep_freed_blocks() -> bool:
+    """Leaves freed blocks in the heap, as glibc does by itself after a while: undoes `return_freed_blocks`.
+
+    For a process that serves, which has nothing to gain from handing blocks back that the next image asks for again.
+
+    Returns:
+        Whether the C library can do so.
+    """
+    global _fixed  # noqa: PLW0603 - it holds for the whole process
+    _fixed = None
+    return _set_thresholds(_LARGEST_THRESHOLD, 2 * _LARGEST_THRESHOLD)
+
+
 def release_free_memory(*, collect: bool = True) -> bool:
     """Hands memory that is free but kept by the allocator back to the operating system.
 

@@ -27,7 +27,14 @@ from thintune.bench.cost.settings import CostSettings, settings_from_dict
 from thintune.config import DataConfig, ModelConfig, RunConfig
 from thintune.data import Splits
 from thintune.io import read_document, save_checkpoint, write_tensors, write_text
-from thintune.measure import peak_rss_bytes, provenance, release_free_memory, reset_peak_rss, rss_bytes
+from thintune.measure import (
+    keep_freed_blocks,
+    peak_rss_bytes,
+    provenance,
+    release_free_memory,
+    reset_peak_rss,
+    rss_bytes,
+)
 from thintune.ops import limit_kernels
 from thintune.train.lora import import_peft, merge_lora_
 from thintune.train.models import build_model
@@ -152,6 +159,7 @@ class _Order:
         if row.method == "lora":
             merge_lora_(model)
         limit_kernels(None)  # as in a process that serves: memory is no longer counted
+        keep_freed_blocks()
         split = self._splits().train
         found["inference_images_per_s"] = {
             str(size): _inference_speed(model, split.images(torch.arange(size))) for size in INFERENCE_BATCHES
