@@ -1,4 +1,4 @@
-"""One optimizer step and one inference pass, dense against thin, alternating in one process.
+"""One optimizer step and one inference pass of the frontier's rows, alternating in one process.
 
 DINOv2 ViT-S/14 at 56 pixels, batch 128, AdamW. Writes medians, quartiles and every single time to
 benchmarks/results/step_time.json.
@@ -22,17 +22,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thintune.config import DataConfig, ModelConfig, RunConfig, ThinConfig, TrainConfig
+from thintune.config import DataConfig, Method, ModelConfig, RunConfig, ThinConfig, TrainConfig
 from thintune.measure import count_flops, interleave, median_and_iqr
 from thintune.optim import ThinStep, build_optimizer
 from thintune.train.prepare import build, load_data
 
 RESULT = Path(__file__).parent.parent / "results" / "step_time.json"
-ROWS = {
-    "dense": ("dense", None),
-    "thin-0.6": ("thin", ThinConfig(kept=0.6)),
-    "thin-0.4": ("thin", ThinConfig(kept=0.4)),
+ACCURATE = ThinConfig(rank_allocation="sensitivity", output_weighting="gradient")
+"""How the frontier's rows of `thin` are converted."""
+ROWS: dict[str, tuple[Method, ThinConfig]] = {
+    "dense": ("dense", ThinConfig()),
+    "lora-r16": ("lora", ThinConfig()),
+    "svd_lora-0.4": ("svd_lora", ThinConfig(kept=0.4)),
     "wasi-0.8": ("wasi", ThinConfig(explained_variance=0.8)),
+    "thin-0.6": ("thin", dataclasses.replace(ACCURATE, kept=0.6)),
+    "thin-0.4": ("thin", dataclasses.replace(ACCURATE, kept=0.4)),
+    "thin-0.4-r96": ("thin", dataclasses.replace(ACCURATE, kept=0.4, activation_rank=96)),
+    "thin-0.25": ("thin", dataclasses.replace(ACCURATE, kept=0.25)),
+    "thin-0.25-r96": ("thin", dataclasses.replace(ACCURATE, kept=0.25, activation_rank=96)),
 }
 
 
@@ -73,7 +80,7 @@ def main() -> None:
     images, labels = splits.train.images(torch.arange(128)), splits.train.labels[:128]
     steps, passes, flops, kept = {}, {}, {}, {}
     for name, (method, thin) in ROWS.items():
-        config = dataclasses.replace(base, method=method, thin=thin or ThinConfig())
+        config = dataclasses.replace(base, method=method, thin=thin)
         model, report = build(config, splits)
         steps[name] = training_step(model, config, images, labels)
         passes[name] = inference(model, images)
