@@ -1,7 +1,7 @@
 """One optimizer step and one inference pass of the frontier's rows, alternating in one process.
 
 DINOv2 ViT-S/14 at 56 pixels, batch 128, AdamW. Writes medians, quartiles and every single time to
-benchmarks/results/step_time.json.
+benchmarks/results/step_time, one file for each number of threads.
 
     python benchmarks/step_time/run.py --backbone runs/dinov2_vits14.safetensors
 """
@@ -27,7 +27,7 @@ from thintune.measure import count_flops, interleave, median_and_iqr
 from thintune.optim import ThinStep, build_optimizer
 from thintune.train.prepare import build, load_data
 
-RESULT = Path(__file__).parent.parent / "results" / "step_time.json"
+RESULTS = Path(__file__).parent.parent / "results" / "step_time"
 ACCURATE = ThinConfig(rank_allocation="sensitivity", output_weighting="gradient")
 """How the frontier's rows of `thin` are converted."""
 ROWS: dict[str, tuple[Method, ThinConfig]] = {
@@ -73,7 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", required=True, help="safetensors file of the DINOv2 script")
     parser.add_argument("--repeats", type=int, default=10, help="rounds; every row once a round")
+    parser.add_argument("--threads", nargs="+", type=int, help="numbers of threads, one after another; default: all")
     arguments = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
     data = DataConfig(name="fashion-mnist", image_size=56, train_limit=512)
     base = RunConfig(method="dense", model=ModelConfig(checkpoint=arguments.backbone), data=data, train=TrainConfig())
     splits = load_data(base.model, base.data)
@@ -86,33 +88,31 @@ def main() -> None:
         passes[name] = inference(model, images)
         flops[name] = count_flops(steps[name])
         kept[name] = 1.0 if report is None else report.kept_weight_fraction
-    times = {"step_s": interleave(steps, arguments.repeats, 1), "inference_s": interleave(passes, arguments.repeats, 1)}
-    rows = {
-        name: {
-            "kept_weight_fraction": kept[name],
-            "flops_per_step": flops[name],
-            **{
-                f"{kind}_{part}": value
-                for kind, found in times.items()
-                for part, value in zip(("median", "iqr"), median_and_iqr(found[name]), strict=True)
-            },
-            **{kind: found[name] for kind, found in times.items()},
+    for threads in arguments.threads or [torch.get_num_threads()]:
+        torch.set_num_threads(threads)
+        times = {
+            "step_s": interleave(steps, arguments.repeats, 1),
+            "inference_s": interleave(passes, arguments.repeats, 1),
         }
-        for name in ROWS
-    }
-    document = {
-        "command": "python benchmarks/step_time/run.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "batch_size": 128,
-        "image_size": 56,
-        "seed": base.train.seed,
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-        "rows": rows,
-    }
-    RESULT.write_text(json.dumps(document, indent=2) + "\n")
-    for name, row in rows.items():
-        print(f"{name}: step {row['step_s_median']:.3f} s, inference {row['inference_s_median']:.3f} s")
+        rows = {name: {"kept_weight_fraction": kept[name], "flops_per_step": flops[name]} for name in ROWS}
+        for name, row in rows.items():
+            for kind, found in times.items():
+                row[f"{kind}_median"], row[f"{kind}_iqr"] = median_and_iqr(found[name])
+                row[kind] = found[name]
+        document = {
+            "command": "python benchmarks/step_time/run.py " + " ".join(sys.argv[1:]),
+            "date": datetime.date.today().isoformat(),
+            "batch_size": 128,
+            "image_size": 56,
+            "seed": base.train.seed,
+            "threads": threads,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+            "rows": rows,
+        }
+        (RESULTS / f"threads_{threads}.json").write_text(json.dumps(document, indent=2) + "\n")
+        for name, row in rows.items():
+            step, inference_time = row["step_s_median"], row["inference_s_median"]
+            print(f"{threads} threads, {name}: step {step:.3f} s, inference {inference_time:.3f} s")
 
 
 if __name__ == "__main__":
